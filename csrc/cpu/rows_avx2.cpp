@@ -1,0 +1,9 @@
+// The row kernels in AVX2.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define DCPO_VECTOR_BYTES 32
+#include "rows.inc"
+
+const dcpo::RowKernels dcpo::kRowKernelsAvx2 = {fused, stats, gradient};
+#endif

@@ -1,0 +1,80 @@
+"""Shared by all tests: the golden values, and the backends that this machine can run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import dcpo_kernels as dk
+from dcpo_kernels import backends
+from dcpo_kernels.backends import native
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load_golden(name: str) -> Any:
+    """A golden file, which must be there and hold something."""
+    data = json.loads((GOLDEN / name).read_text())
+    assert data, f"{name} is empty"
+    return data
+
+
+def preset(name: str, params: dict[str, Any], **parts: Any) -> dk.Objective:
+    """The objective of a golden case, whose params are named as in DESIGN.md, not as in our
+    signatures."""
+    p = dict(params)
+    if name == "grpo":
+        assert p["eps_low"] == p["eps_high"]
+        return dk.grpo(p["eps_low"], **parts)
+    if name == "ppo":
+        return dk.ppo(p["eps_low"], p["dual_clip"], **parts)
+    if name == "dppo":
+        return dk.dppo(
+            p["divergence"],
+            (p["limit_low"], p["limit_high"]),
+            p["ratio_cap"],
+            p.get("k", 20),
+            **parts,
+        )
+    return getattr(dk, name)(**p, **parts)
+
+
+# Everything a test of a backend runs on: CPU instruction sets are forced one by one.
+CPU_ISAS = [] if native.unavailable() else native._C.cpu_isas()
+KERNELS = [f"cpu-{isa}" for isa in CPU_ISAS]
+
+
+@pytest.fixture
+def use_backend(request):
+    """Turns "cpu-avx2" into backend="cpu" with that instruction set in use, and puts the old one
+    back."""
+    name = request.param
+    if not name.startswith("cpu-"):
+        yield name
+        return
+    before = native._C.cpu_isa()
+    native._C.cpu_use_isa(name.removeprefix("cpu-"))
+    yield "cpu"
+    native._C.cpu_use_isa(before)
+
+
+def on_backends(*names: str):
+    """Parametrize a test over backends; by default the reference and every compiled body."""
+    return pytest.mark.parametrize("use_backend", names or ["reference", *KERNELS], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_report_header() -> str:
+    chosen = {row["tensor"]: row["backend"] for row in backends.explain()}
+    return (
+        f"dcpo_kernels {dk.__version__}, torch {torch.__version__}, cpu {CPU_ISAS}, "
+        f"backends {chosen}"
+    )
