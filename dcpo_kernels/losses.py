@@ -34,7 +34,7 @@ class _Fused(torch.autograd.Function):
     """Read, decide and write at once: the gradient is ready before backward begins."""
 
     @staticmethod
-    def forward(ctx, logits, weights, inplace, backend, *rest):
+    def forward(ctx, logits, inplace, backend, *rest):
         if inplace:
             out = ops.fused_(logits, *rest, backend)
             torch.autograd.graph.increment_version(
@@ -43,10 +43,10 @@ class _Fused(torch.autograd.Function):
             gradient = logits
         else:
             *out, gradient = ops.fused(logits, *rest, True, backend)
-        token_loss = out[0]
         ctx.backend = backend
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(*out)
+        token_loss, weights = out[0], rest[3]
         return torch.dot(weights, token_loss), *out
 
     @staticmethod
@@ -310,7 +310,7 @@ def policy_loss(
             *(temperature, with_entropy, skip_zero_advantage),
         )
         if torch.is_grad_enabled() and logits.requires_grad:
-            loss, *out = _Fused.apply(logits, weights, inplace, backend, *rest)
+            loss, *out = _Fused.apply(logits, inplace, backend, *rest)
         else:
             *out, _ = ops.fused(logits, *rest, False, backend)
             loss = torch.dot(weights, out[0])

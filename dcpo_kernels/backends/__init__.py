@@ -51,6 +51,11 @@ def choose(backend: str, device: str) -> str:
     )
 
 
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler:
+# torch.compile calls `choose` while it traces and keeps the answer.
+choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def kernels(backend: str, device: str) -> ModuleType:
     """The module that launches a backend's kernels; `backend` as `choose` returned it."""
     return _load(backend)
