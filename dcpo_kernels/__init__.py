@@ -2,20 +2,24 @@
 logits."""
 
 from dcpo_kernels._version import __version__
-from dcpo_kernels.advantages import SmoothAdvantage, group_advantage
+from dcpo_kernels.advantages import SmoothAdvantage, group_advantage, overlong_punishment
 from dcpo_kernels.aggregation import token_weights
+from dcpo_kernels.critic import gae, value_loss
 from dcpo_kernels.losses import PolicyLoss, policy_loss, selected_logprobs
 from dcpo_kernels.metrics import response_utilization_ratio, summarize, token_clipping_ratio
 from dcpo_kernels.objectives import (
     Objective,
+    bnpo,
     cispo,
     dapo,
     dcpo,
     dppo,
+    dr_grpo,
     grpo,
     gspo,
     inverse_sqrt,
     ppo,
+    sapo,
 )
 
 __all__ = [
@@ -23,19 +27,25 @@ __all__ = [
     "PolicyLoss",
     "SmoothAdvantage",
     "__version__",
+    "bnpo",
     "cispo",
     "dapo",
     "dcpo",
     "dppo",
+    "dr_grpo",
+    "gae",
     "group_advantage",
     "grpo",
     "gspo",
     "inverse_sqrt",
+    "overlong_punishment",
     "policy_loss",
     "ppo",
     "response_utilization_ratio",
+    "sapo",
     "selected_logprobs",
     "summarize",
     "token_clipping_ratio",
     "token_weights",
+    "value_loss",
 ]

@@ -4,6 +4,7 @@ one group (GRPO)."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ class PromptStatistics(NamedTuple):
     std: float
 
 
+_COLUMNS = ("visits", "count", "mean", "variance")  # what is kept of a prompt
+
+
 def _group(
     ids: Sequence[Hashable] | Tensor, rewards: Tensor, name: str
 ) -> tuple[list[Hashable], Tensor]:
@@ -30,11 +34,9 @@ def _group(
         raise ValueError(
             f"{name} must name one id a reward: got {len(keys)} ids for {len(rewards)} rewards"
         )
-    position: dict[Hashable, int] = {}
-    codes = torch.tensor(
-        [position.setdefault(key, len(position)) for key in keys], dtype=torch.int64
-    )
-    groups = list(position)
+    groups = list(dict.fromkeys(keys))
+    position = dict(zip(groups, range(len(groups)), strict=True))
+    codes = torch.tensor(list(map(position.__getitem__, keys)), dtype=torch.int64)
     broken = ~torch.isfinite(rewards)
     if broken.any():
         at = int(broken.nonzero()[0])
@@ -96,41 +98,57 @@ def group_advantage(
     return out.to(given.device, torch.float32)
 
 
+def overlong_punishment(lengths: Tensor | Sequence[int], max_length: int, cache: int) -> Tensor:
+    """What DAPO adds to the reward of a long response (arXiv 2503.14476, eq. 13).
+
+    0 up to max_length - cache tokens, linear to -1 at max_length, -1 beyond. lengths: [R] tokens of
+    each response. Returns [R] float32.
+    """
+    if not 0 < cache <= max_length:
+        raise ValueError(f"cache={cache} must lie in 1..max_length={max_length}")
+    n = torch.as_tensor(lengths)
+    return ((max_length - cache - n) / cache).clamp(-1.0, 0.0).to(torch.float32)
+
+
 class SmoothAdvantage:
-    """Smooth advantage standardization (SAS, DCPO arXiv 2509.02333, eq. 7): rewards against all
-    visits to a prompt.
+    """Rewards standardized against all visits to a prompt (SAS, DCPO arXiv 2509.02333, eq. 7).
 
     Each call is one visit of every prompt in it; the history includes the call. Of the two blends
     of the standardized rewards of this step and of all steps, the one nearer to 0 is taken, so that
-    neither a change of prompts' luck nor a long history swings the advantage. A group of equal
-    rewards still learns from its history.
+    neither a change of luck nor a long history swings the advantage. A group of equal rewards still
+    learns from its history.
 
         sas = SmoothAdvantage()
         advantages = sas(rewards, prompt_ids)  # [R], [R] -> [R] float32
 
+    Prompt ids may be anything hashable. A prompt costs 32 bytes beside its id.
+
     ddof: 0 for the paper's spread, 1 for the official repository's (torch.std), which it also
         merges as it is.
+    max_prompts: at most so many are remembered; the least recently visited ones are forgotten.
     """
 
-    def __init__(self, ddof: int = 0) -> None:
+    def __init__(self, ddof: int = 0, max_prompts: int | None = None) -> None:
         if ddof not in (0, 1):
             raise ValueError(f"ddof={ddof!r} must be 0 or 1")
+        if max_prompts is not None and max_prompts < 1:
+            raise ValueError(
+                f"max_prompts={max_prompts!r} must be at least 1, or None for no bound"
+            )
         self.ddof = ddof
-        self._row: dict[Hashable, int] = {}
-        self._visits = torch.zeros(0, dtype=torch.int64)
-        self._count = torch.zeros(0, dtype=torch.int64)
-        self._mean = torch.zeros(0, dtype=torch.float64)
-        self._variance = torch.zeros(0, dtype=torch.float64)
+        self.max_prompts = max_prompts
+        self._row: dict[Hashable, int] = {}  # least recently visited first, where it is bounded
+        self._free: list[int] = []
+        self._table = torch.zeros(0, len(_COLUMNS), dtype=torch.float64)
 
     def __len__(self) -> int:
-        """Prompts visited so far."""
+        """Prompts remembered."""
         return len(self._row)
 
     def __call__(
         self, rewards: Tensor | Sequence[float], prompt_ids: Sequence[Hashable] | Tensor
     ) -> Tensor:
-        """Advantages [R] float32 of rewards [R], and one more visit for each prompt in prompt_ids
-        [R].
+        """Advantages [R] float32 of rewards [R]: one more visit for each prompt in prompt_ids [R].
 
         Raises ValueError, with nothing counted, for a reward that is not finite, ids that don't
         match the rewards, and with ddof=1 for a prompt with a single response.
@@ -146,68 +164,79 @@ class SmoothAdvantage:
             )
 
         rows = self._rows_of(prompts)
-        o, mean_o, var_o = self._count[rows], self._mean[rows], self._variance[rows]
-        w_o = o.double() / (o + n)
+        visits_o, o, mean_o, var_o = self._table[rows].unbind(1)
+        visits = visits_o + 1
+        w_o = o / (o + n)
         w_n = 1 - w_o
         # Where nothing ever differed the mean is that value itself, not its rounded blend: 0.1
         # sixteen times, twice.
         same = (mean_n == mean_o) | (o == 0)
+        between = torch.where(same, 0.0, w_o * w_n * (mean_n - mean_o) ** 2)
         mean_t = torch.where(same, mean_n, w_o * mean_o + w_n * mean_n)
-        var_t = (
-            w_o * var_o + w_n * var_n + torch.where(same, 0.0, w_o * w_n * (mean_n - mean_o) ** 2)
-        )
-        visits = self._visits[rows] + 1
-        self._visits[rows], self._count[rows] = visits, o + n
-        self._mean[rows], self._variance[rows] = mean_t, var_t
+        var_t = w_o * var_o + w_n * var_n + between
+        self._table[rows] = torch.stack([visits, o + n, mean_t, var_t], 1)
+        self._forget()
 
         a_n = _standardize(values, mean_n[codes], var_n[codes])
         a_t = _standardize(values, mean_t[codes], var_t[codes])
-        new = (1 / visits.double())[codes]
+        new = (1 / visits)[codes]
         s1 = new * a_t + (1 - new) * a_n
         s2 = new * a_n + (1 - new) * a_t
         return torch.where(s1.abs() < s2.abs(), s1, s2).to(given.device, torch.float32)
 
     def _rows_of(self, prompts: list[Hashable]) -> Tensor:
-        rows = [self._row.setdefault(prompt, len(self._row)) for prompt in prompts]
-        missing = len(self._row) - len(self._visits)
-        if missing > 0:
-            room = torch.zeros(
-                max(missing, len(self._visits))
-            )  # doubles, so that growth costs O(1) a prompt
-            self._visits = torch.cat([self._visits, room.to(torch.int64)])
-            self._count = torch.cat([self._count, room.to(torch.int64)])
-            self._mean = torch.cat([self._mean, room.to(torch.float64)])
-            self._variance = torch.cat([self._variance, room.to(torch.float64)])
+        """Rows of the table, new ones for new prompts; all of them visited now."""
+        if self.max_prompts is not None:  # to the end of the dict, which keeps its order
+            known = [(prompt, self._row.pop(prompt)) for prompt in prompts if prompt in self._row]
+            self._row.update(known)
+        rows = list(map(self._row.get, prompts))
+        if None in rows:
+            new = [prompt for prompt, row in zip(prompts, rows, strict=True) if row is None]
+            fresh = range(len(self._row) + len(self._free), len(self._row) + len(new))
+            self._row.update(zip(new, chain(self._free[: len(new)], fresh), strict=False))
+            self._free = self._free[len(new) :]
+            rows = list(map(self._row.__getitem__, prompts))
+        size = len(self._table)
+        if len(self._row) > size:  # doubles, so that growth costs O(1) a prompt
+            room = torch.zeros(max(len(self._row) - size, size), len(_COLUMNS), dtype=torch.float64)
+            self._table = torch.cat([self._table, room])
         return torch.tensor(rows, dtype=torch.int64)
 
+    def _forget(self) -> None:
+        """Drop what exceeds max_prompts. Freed rows are cleared, ready for another prompt."""
+        excess = 0 if self.max_prompts is None else len(self._row) - self.max_prompts
+        if excess > 0:
+            oldest = list(islice(self._row, excess))
+            freed = [self._row.pop(prompt) for prompt in oldest]
+            self._table[freed] = 0.0
+            self._free += freed
+
     def statistics(self, prompt_id: Hashable) -> PromptStatistics:
-        """What is remembered of a prompt. KeyError if it was never visited."""
-        row = self._row[prompt_id]
-        return PromptStatistics(
-            int(self._visits[row]),
-            int(self._count[row]),
-            float(self._mean[row]),
-            float(self._variance[row]) ** 0.5,
-        )
+        """What is remembered of a prompt. KeyError if it is not."""
+        visits, count, mean, variance = self._table[self._row[prompt_id]].tolist()
+        return PromptStatistics(int(visits), int(count), mean, variance**0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on: plain lists and tensors, which torch.load reads with
-        weights_only=True."""
-        used = len(self._row)
+        """Everything needed to go on: an int, a list and tensors [prompts], float64, which
+        torch.load reads with weights_only=True."""
+        columns = self._table[list(self._row.values())].T.clone()
         return {
             "ddof": self.ddof,
             "prompt_ids": list(self._row),
-            "visits": self._visits[:used].clone(),
-            "count": self._count[:used].clone(),
-            "mean": self._mean[:used].clone(),
-            "variance": self._variance[:used].clone(),
+            **dict(zip(_COLUMNS, columns, strict=True)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state; refused, with nothing changed, if it is not whole or was kept with
         another ddof."""
-        wanted = ("ddof", "prompt_ids", "visits", "count", "mean", "variance")
-        missing = [key for key in wanted if key not in state]
+        prompts, table = self._checked(state)
+        self._row = {prompt: row for row, prompt in enumerate(prompts)}
+        self._free = []
+        self._table = table
+        self._forget()
+
+    def _checked(self, state: dict[str, Any]) -> tuple[list[Hashable], Tensor]:
+        missing = [key for key in ("ddof", "prompt_ids", *_COLUMNS) if key not in state]
         if missing:
             raise ValueError(f"the state lacks {', '.join(missing)}")
         if state["ddof"] != self.ddof:
@@ -215,14 +244,42 @@ class SmoothAdvantage:
                 f"the state was kept with ddof={state['ddof']}, this object has ddof={self.ddof}"
             )
         prompts = list(state["prompt_ids"])
-        sizes = {key: len(state[key]) for key in wanted[1:]}
+        sizes = {key: len(state[key]) for key in ("prompt_ids", *_COLUMNS)}
         if len(set(sizes.values())) != 1 or len(set(prompts)) != len(prompts):
             raise ValueError(
                 f"the state does not hold one entry a prompt: {sizes}, {len(set(prompts))} "
-                f"distinct ids"
+                "distinct ids"
             )
-        self._row = {prompt: row for row, prompt in enumerate(prompts)}
-        self._visits = torch.as_tensor(state["visits"]).to(torch.int64, copy=True)
-        self._count = torch.as_tensor(state["count"]).to(torch.int64, copy=True)
-        self._mean = torch.as_tensor(state["mean"]).to(torch.float64, copy=True)
-        self._variance = torch.as_tensor(state["variance"]).to(torch.float64, copy=True)
+        columns = [torch.as_tensor(state[key]).to(torch.float64) for key in _COLUMNS]
+        return prompts, torch.stack(columns, 1)
+
+    def merge(self, other: dict[str, Any], base: dict[str, Any] | None = None) -> None:
+        """Take in the state of another rank, which visited other prompts.
+
+        other: its state_dict(). base: the state_dict that both ranks began from, if any: a prompt
+        that only one of them has visited since then is taken from that one.
+
+        Raises ValueError, with nothing changed, naming a prompt that both have visited: its two
+        histories can't be told apart, and adding them would count visits twice.
+        """
+        theirs = SmoothAdvantage(self.ddof)
+        theirs.load_state_dict(other)
+        start = SmoothAdvantage(self.ddof)
+        if base is not None:
+            start.load_state_dict(base)
+        take: list[Hashable] = []
+        for prompt, row in theirs._row.items():
+            entry = theirs._table[row]
+            before = start._table[start._row[prompt]] if prompt in start._row else None
+            if before is not None and torch.equal(entry, before):
+                continue  # they have not visited it
+            if prompt in self._row and (
+                before is None or not torch.equal(self._table[self._row[prompt]], before)
+            ):
+                raise ValueError(
+                    f"prompt {prompt!r} was visited on both sides: its visits would count twice"
+                )
+            take.append(prompt)
+        rows = self._rows_of(take)
+        self._table[rows] = theirs._table[[theirs._row[prompt] for prompt in take]]
+        self._forget()

@@ -322,7 +322,7 @@ def policy_loss(
         loss,
         token_loss.view(shape),
         logprobs.view(shape),
-        entropy.view(shape) if with_entropy else None,
+        entropy.view(shape) if entropy is not None and with_entropy else None,
         ratio.view(shape),
         clipped.view(shape),
         means,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def token_clipping_ratio(out: PolicyLoss | Iterable[PolicyLoss]) -> Tensor:
     A token is clipped when its trust region stopped it: `clipped` is not 0. The official code
     leaves out those beyond the cap for A < 0; `summarize` counts each kind.
     """
-    outs = [out] if hasattr(out, "clipped") else list(out)
+    outs = cast("list[PolicyLoss]", [out] if hasattr(out, "clipped") else list(out))
     if not outs:
         raise ValueError("token_clipping_ratio needs at least one micro-batch")
     return torch.stack([_share(o.clipped != CLIP_NONE, o.mask) for o in outs]).mean()

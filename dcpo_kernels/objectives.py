@@ -100,6 +100,15 @@ class Objective:
                 f"{self.surrogate!r}: "
                 "a clipped surrogate already has a trust region"
             )
+        if self.divergence == "none" and (self.limit_low, self.limit_high) != (math.inf, math.inf):
+            raise ValueError(f"{self.name}: a limit needs a divergence to be the limit of")
+        clips = self.surrogate not in ("reinforce", "soft-gate")
+        if not clips and self.ratio_max != math.inf:
+            raise ValueError(
+                f"{self.name}: ratio_max bounds a clip, and surrogate={self.surrogate!r} has none"
+            )
+        if self.surrogate == "soft-gate" and self.ratio_cap != math.inf:
+            raise ValueError(f"{self.name}: ratio_cap has no place in a soft gate, which saturates")
         if self.ratio_level == "sequence" and self.surrogate in (
             "dynamic-clip",
             "inverse-sqrt-clip",
@@ -249,6 +258,33 @@ def cispo(ratio_cap: float = 5.0, **parts: Any) -> Objective:
     )
 
 
+def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05, **parts: Any) -> Objective:
+    """A sigmoid gate in the place of the clip (SAPO, arXiv 2511.20347, eq. 5 to 8): nothing is
+    ever clipped, a token fades as its ratio moves away from 1."""
+    return Objective(
+        **{
+            "name": "sapo",
+            "surrogate": "soft-gate",
+            "eps_low": tau_neg,
+            "eps_high": tau_pos,
+            "aggregation": "seq-mean-token-mean",
+            **parts,
+        }
+    )
+
+
+def dr_grpo(eps: float = 0.2, **parts: Any) -> Objective:
+    """GRPO without its length bias: token sums over a constant (Dr. GRPO, arXiv 2503.20783, section
+    3.2). Goes with `group_advantage(..., normalize=False)`; `policy_loss` needs max_length."""
+    return grpo(eps, **{"name": "dr_grpo", "aggregation": "seq-mean-token-sum-norm", **parts})
+
+
+def bnpo(eps: float = 0.2, **parts: Any) -> Objective:
+    """GRPO with the mean over the tokens of a batch, TRL's loss_type="bnpo" (cf. arXiv
+    2506.02864)."""
+    return grpo(eps, **{"name": "bnpo", "aggregation": "token-mean", **parts})
+
+
 class Decision(NamedTuple):
     """What an objective says of each token, before any weight. All of the shape of the
     log-probabilities."""
@@ -335,12 +371,14 @@ def decide(
             clipped = torch.where(r > objective.ratio_cap, CLIP_CAP, clipped)
         else:
             if divergence is None:
+                assert objective.divergence in ("binary_tv", "binary_kl")
                 divergence = binary_divergence(objective.divergence, logprobs, old_logprobs)
+            distance = divergence.detach()
             moved = logprobs.detach() - old_logprobs
             out = torch.where(
                 A > 0,
-                (moved > 0) & (divergence.detach() > objective.limit_high),
-                (A < 0) & (moved < 0) & (divergence.detach() > objective.limit_low),
+                (moved > 0) & (distance > objective.limit_high),
+                (A < 0) & (moved < 0) & (distance > objective.limit_low),
             )
             clipped = torch.where(out, CLIP_REGION, clipped)
             weight = torch.where(out, 0.0, weight)

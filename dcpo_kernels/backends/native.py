@@ -4,19 +4,20 @@ operators."""
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dcpo_kernels.backends.layout import row_count, row_strides
 
+_reason = ""
+_C: Any = None
 try:
-    from dcpo_kernels import _C
-except (
-    ImportError
-) as error:  # a source tree that was never built, or a module built for another Python
-    _C = None
+    _C = importlib.import_module("dcpo_kernels._C")
+except ImportError as error:  # a source tree that was never built, or a module for another Python
     _reason = f"the compiled module is missing ({error}); `pip install .` builds it"
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -26,7 +27,7 @@ if _C is not None and os.environ.get("DCPO_KERNELS_CPU_ISA"):
 
 
 def unavailable() -> str:
-    return "" if _C is not None else _reason
+    return _reason
 
 
 def _address(x: Tensor | None) -> int:
