@@ -1,0 +1,225 @@
+"""Value and gradient against the losses of verl and TRL, run from their installed packages.
+
+They take log-probabilities; ours takes logits. So theirs is differentiated through log_softmax in
+float64, on the same logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from conftest import KERNELS, on_backends
+
+import dcpo_kernels as dk
+
+BATCH, TIME, VOCAB = 6, 9, 61
+
+
+@pytest.fixture
+def batch():
+    """A padded batch whose policy has drifted far enough to be clipped on each side."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    logits = 2 * normal(BATCH, TIME, VOCAB)
+    old_logits = logits + 0.6 * normal(BATCH, TIME, VOCAB)
+    ids = torch.distributions.Categorical(logits=old_logits).sample()
+
+    def logprobs(x):
+        return x.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+
+    mask = torch.arange(TIME) < torch.tensor([TIME, 3, 1, 7, 5, TIME])[:, None]
+    return SimpleNamespace(
+        logits=logits,
+        ids=ids,
+        logprobs=logprobs,
+        old=logprobs(old_logits),
+        ref=logprobs(logits + 0.3 * normal(BATCH, TIME, VOCAB)),
+        advantages=normal(BATCH),
+        importance=normal(BATCH, TIME).abs(),
+        mask=mask,
+    )
+
+
+def theirs(batch, loss_of):
+    logits = batch.logits.clone().requires_grad_()
+    loss = loss_of(batch.logprobs(logits))
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def ours(batch, backend, **options):
+    logits = batch.logits.float().requires_grad_()
+    out = dk.policy_loss(
+        logits, batch.ids, batch.old.float(), batch.advantages.float(), mask=batch.mask,
+        backend=backend, **options,
+    )  # fmt: skip
+    return out, torch.autograd.grad(out.loss, logits)[0]
+
+
+def assert_equal(batch, loss_of, backend, **options):
+    loss, gradient = theirs(batch, loss_of)
+    out, our_gradient = ours(batch, backend, **options)
+    torch.testing.assert_close(out.loss.detach().double(), loss, rtol=2e-5, atol=2e-6)
+    scale = float(gradient.abs().max())
+    torch.testing.assert_close(our_gradient.double(), gradient, rtol=2e-5, atol=5e-6 * scale)
+    assert scale > 1e-3
+    return out
+
+
+on_ours = on_backends(*(["reference", KERNELS[0]] if KERNELS else ["reference"]))
+SHAPES = {
+    "token-mean": {},
+    "seq-mean-token-mean": {},
+    "seq-mean-token-sum-norm": {"max_length": TIME},
+}
+
+
+@pytest.fixture(scope="module")
+def verl():
+    config = pytest.importorskip("verl.workers.config", reason="verl is not installed")
+    algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+
+    def loss(name, batch, aggregation, importance=None, **numbers):
+        actor = config.ActorConfig(
+            strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **numbers
+        )
+        function = algos.get_policy_loss_fn(name)
+        advantages = batch.advantages[:, None].expand(BATCH, TIME)
+        mask = batch.mask.double()
+        return lambda logp: function(
+            batch.old, logp, advantages, mask, aggregation, actor, importance
+        )[0]
+
+    return loss
+
+
+def clip(low, high, cap=3.0):
+    """verl's numbers; clip_ratio alone would be overruled by the defaults of the other two."""
+    return {"clip_ratio_low": low, "clip_ratio_high": high, "clip_ratio_c": cap}
+
+
+VERL = {
+    "vanilla": (dk.ppo(0.2, 1.3), clip(0.2, 0.2, 1.3)),
+    "vanilla clip-higher": (
+        dk.dapo(0.2, 0.28, ratio_cap=3.0),
+        clip(0.2, 0.28, 3.0),
+    ),
+    "gspo": (dk.gspo(0.02, 0.03), clip(0.02, 0.03)),
+    "dppo_tv": (dk.dppo(ratio_cap=1.5), clip(0.15, 0.15, 1.5)),
+    "dppo_kl": (dk.dppo("binary_kl"), clip(0.05, 0.05, 20.0)),
+    "sapo": (dk.sapo(), {"tau_pos": 1.0, "tau_neg": 1.05}),
+    "cispo": (dk.cispo(1.3), clip(1.0, 0.3)),
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "importance-weights"])
+@pytest.mark.parametrize("aggregation", SHAPES)
+@pytest.mark.parametrize("name", VERL)
+@on_ours
+def test_verl(verl, batch, name, aggregation, weighted, use_backend):
+    objective, numbers = VERL[name]
+    if name == "sapo" and aggregation != "seq-mean-token-mean":
+        aggregation = "seq-mean-token-mean"  # verl's takes no other
+    importance = batch.importance if weighted else None
+    out = assert_equal(
+        batch,
+        verl(name.split()[0], batch, aggregation, importance, **numbers),
+        use_backend,
+        objective=replace(objective, aggregation=aggregation),
+        importance_weights=None if importance is None else importance.float(),
+        **SHAPES[aggregation],
+    )
+    if name != "sapo":
+        assert out.clipped.any()
+
+
+@pytest.fixture(scope="module")
+def trl():
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed")
+
+    def loss(batch, loss_type, beta, level):
+        def loss_of(logp):
+            # The method alone, on a trainer of which nothing else is real: its metrics go nowhere.
+            self = MagicMock()
+            for name, value in {
+                "_get_per_token_logps_and_entropies": lambda *a, **k: (logp, logp * 0, None),
+                "aux_loss_enabled": False,
+                "top_entropy_quantile": 1.0,
+                "off_policy_mask_threshold": None,
+                "importance_sampling_level": level,
+                "beta": beta,
+                "loss_type": loss_type,
+                "epsilon_low": 0.2,
+                "epsilon_high": 1.28 if loss_type == "cispo" else 0.28,  # there it is the cap
+                "use_vllm": False,
+                "max_completion_length": TIME,
+                "current_gradient_accumulation_steps": 1,
+                "_entropy_bonus_enabled": False,
+            }.items():
+                setattr(self, name, value)
+            self.accelerator.num_processes = 1
+            self.accelerator.gather = lambda x: x
+            self.args = SimpleNamespace(
+                use_bias_correction_kl=False,
+                delta=None,
+                sapo_temperature_pos=1.0,
+                sapo_temperature_neg=1.05,
+                steps_per_generation=1,
+            )
+            nobody = torch.zeros(BATCH, 0, dtype=torch.int64)
+            inputs = {
+                "prompt_ids": nobody,
+                "prompt_mask": nobody,
+                "completion_ids": batch.ids,
+                "completion_mask": batch.mask.double(),
+                "advantages": batch.advantages,
+                "old_per_token_logps": batch.old,
+                "ref_per_token_logps": batch.ref,
+                "num_items_in_batch": batch.mask.sum(),
+            }
+            return trainer.GRPOTrainer._compute_loss(self, None, inputs)
+
+        return loss_of
+
+    return loss
+
+
+TRL = {
+    "grpo": dk.dapo(aggregation="seq-mean-token-mean"),
+    "bnpo": dk.bnpo(eps_high=0.28),
+    "dapo": dk.dapo(),
+    "dr_grpo": dk.dr_grpo(eps_high=0.28),
+    "sapo": dk.sapo(),
+    "cispo": dk.cispo(1.28),
+}
+
+
+# Both differentiate a response's ratio through its mean; ours hands each token its own part, which
+# is the same where a response has one advantage and one weight. For CISPO and SAPO it is not.
+LEVELS = [
+    (loss_type, level)
+    for loss_type in TRL
+    for level in ("token", "sequence")
+    if level == "token" or loss_type not in ("cispo", "sapo")
+]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss_type, level", LEVELS)
+@on_ours
+def test_trl(trl, batch, loss_type, level, beta, use_backend):
+    objective = replace(TRL[loss_type], ratio_level=level, kl_coef=beta)
+    assert_equal(
+        batch,
+        trl(batch, loss_type, beta, level),
+        use_backend,
+        objective=objective,
+        ref_logprobs=batch.ref.float(),
+        max_length=TIME,
+    )
