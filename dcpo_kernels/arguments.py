@@ -100,7 +100,10 @@ class Responses(NamedTuple):
 
 
 def responses_of(
-    logits: Tensor, mask: Tensor | None, lengths: Tensor | Sequence[int] | None
+    logits: Tensor,
+    mask: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+    objective: Objective,
 ) -> Responses:
     if (mask is None) == (lengths is None):
         raise ValueError(
@@ -144,8 +147,13 @@ def responses_of(
                 f"fewer than 0"
             )
         if int(given.sum()) != rows:
+            whole = (
+                f"; objective {objective.name} takes one ratio per response, so each must be whole "
+                "in a call: split a batch into micro-batches between responses"
+            )
             raise ValueError(
                 f"lengths add up to {int(given.sum())}, but there are {rows} rows of logits"
+                + (whole if objective.ratio_level == "sequence" else "")
             )
     lengths_ = given.to(logits.device, torch.int64)
     ends = lengths_.cumsum(0)

@@ -235,7 +235,7 @@ def policy_loss(
     backend = args.check_logits(logits, temperature, backend)
     if inplace:
         args.check_in_place(logits)
-    responses = args.responses_of(logits, mask, lengths)
+    responses = args.responses_of(logits, mask, lengths, objective)
     ids = args.rows_of("target_ids", target_ids, logits, args.IDS, torch.int64)
     old = args.rows_of("old_logprobs", old_logprobs, logits, args.FLOATS, torch.float32)
     A = args.per_token("advantages", advantages, logits, responses)
