@@ -52,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    facts = collect()
+    try:
+        facts = collect()
+    except (ValueError, RuntimeError) as error:  # a DCPO_KERNELS_* variable that can't be honoured
+        print(f"dcpo info: {error}", file=sys.stderr)
+        return 1
     print(json.dumps(facts, indent=2) if args.json else _text(facts))
     return 0
 

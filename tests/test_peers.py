@@ -223,3 +223,21 @@ def test_trl(trl, batch, loss_type, level, beta, use_backend):
         ref_logprobs=batch.ref.float(),
         max_length=TIME,
     )
+
+
+def test_verl_critic(batch):
+    algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed")
+    mask = batch.mask.double()
+    mask[0, 3:5] = 0  # a tool's output
+    rewards, values = batch.importance.float() * mask, batch.ref.float()
+    _, returns = algos.compute_gae_advantage_return(rewards, values, mask, 0.98, 0.9)
+    ours = dk.gae(rewards, values, mask, 0.98, 0.9)
+    torch.testing.assert_close(ours.returns[mask != 0], returns[mask != 0].float())
+
+    predicted = (values + 0.3 * torch.randn(BATCH, TIME)).requires_grad_()
+    loss, clipped = algos.compute_value_loss(predicted, ours.returns, values, mask, 0.2)
+    out = dk.value_loss(predicted, values, ours.returns, mask, 0.2)
+    torch.testing.assert_close(out.loss, loss.float())
+    torch.testing.assert_close(out.clipped, clipped.float())
+    theirs, ours = (torch.autograd.grad(x, predicted)[0] for x in (loss, out.loss))
+    torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,198 @@
+"""The package as installed: command line, version, what an import costs, which way imports run."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import dcpo_kernels as dk
+from dcpo_kernels import _C, backends, cli
+
+PACKAGE = Path(dk.__file__).parent
+
+
+def python(code: str, tmp_path: Path) -> str:
+    """Output of a fresh interpreter that is not started in the checkout."""
+    return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+
+
+def test_info_says_what_the_compiled_module_says(tmp_path):
+    facts = json.loads(
+        python("from dcpo_kernels.cli import main; main(['info', '--json'])", tmp_path)
+    )
+    assert facts["versions"]["dcpo-kernels"] == dk.__version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["compiled"]["present"]
+    assert facts["compiled"]["compiler"] == _C.compiler
+    assert facts["compiled"]["cuda"] == _C.cuda == bool(facts["compiled"]["cuda_archs"])
+    assert facts["cpu"]["isas"] == _C.cpu_isas()
+    assert facts["cpu"]["isa"] in _C.cpu_isas()
+    assert facts["backends"] == backends.explain()
+
+
+def test_info_in_words(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in (dk.__version__, torch.__version__, _C.compiler, f"{_C.cpu_isa()} in use"):
+        assert word in text
+    for row in backends.explain():
+        assert f"{row['tensor']} tensors" in text and f"{row['backend']}: {row['reason']}" in text
+
+
+def test_command_without_its_extra_names_the_remedy(monkeypatch, capsys, tmp_path):
+    (tmp_path / "needy.py").write_text("import a_package_that_is_missing.part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cli._COMMANDS, "needy", ("needy", "train", ""))
+    assert cli.main(["needy"]) == 1
+    error = capsys.readouterr().err
+    assert "a_package_that_is_missing" in error and "pip install 'dcpo-kernels[train]'" in error
+
+
+def test_one_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == dk.__version__ == metadata.version("dcpo-kernels")
+
+
+def test_installs_one_top_level_name():
+    """A top-level `kernels` belongs to another project."""
+    names = metadata.distribution("dcpo-kernels").read_text("top_level.txt")
+    assert names is not None and names.split() == ["dcpo_kernels"]
+
+
+def test_import_and_help_stay_light(tmp_path):
+    code = """
+import sys, torch
+before = set(sys.modules)
+import dcpo_kernels
+print(*sorted(set(sys.modules) - before))
+from dcpo_kernels.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print(*sorted(set(sys.modules) - before))
+"""
+    lines = python(code, tmp_path).splitlines()
+    package, helped = set(lines[0].split()), set(lines[-1].split())
+    assert "dcpo_kernels.losses" in package
+    assert "dcpo_kernels.cli" not in package and "dcpo_kernels.cli" in helped
+    for name in ("transformers", "triton", "matplotlib", "rich", "pyarrow"):
+        assert name not in helped
+    for part in ("train", "bench", "integrations"):
+        assert f"dcpo_kernels.{part}" not in helped
+
+
+# Lowest first: a module imports from its own layer and from those below, never from above.
+LAYERS = [
+    {"_version", "objectives", "aggregation", "advantages", "critic", "metrics"},
+    {"_C", "kernels"},
+    {"backends"},
+    {"ops"},
+    {"losses", "arguments", "parallel", "__init__"},
+    {"integrations", "bench", "train", "cli"},
+]
+LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
+
+
+def source_files() -> list[Path]:
+    """Every module of the package, those behind the links too."""
+    folders = os.walk(PACKAGE, followlinks=True)
+    files = [Path(folder, f) for folder, _, names in folders for f in names if f.endswith(".py")]
+    return sorted(file.relative_to(PACKAGE) for file in files)
+
+
+def imported_parts(file: Path) -> set[str]:
+    """The modules and subpackages right under dcpo_kernels that a file imports, at any depth of
+    its code; what only a type checker imports is left out."""
+    tree = ast.parse((PACKAGE / file).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            node.body = []
+    here = ["dcpo_kernels", *file.parent.parts]
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = here[: len(here) + 1 - node.level] if node.level else []
+            module = [*start, *(node.module.split(".") if node.module else [])]
+            names += [[*module, alias.name] for alias in node.names]
+    ours = [[*name, "__init__"][1] for name in names if name[0] == "dcpo_kernels"]
+    # `from dcpo_kernels import policy_loss` takes a name of the package itself
+    return {part if part in LAYER else "__init__" for part in ours}
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for file in source_files():
+        part = file.parts[0].removesuffix(".py")
+        assert part in LAYER, f"{part} has no layer yet: give it one in {Path(__file__).name}"
+        for other in imported_parts(file) - {part}:
+            if LAYER[other] > LAYER[part] or other in ("cli", "train"):
+                wrong.append(f"{file} imports {other}")
+    assert not wrong
+
+
+def scale(address: int, numel: int, dtype: int, factor: int, stream: int) -> None:
+    _C.cuda_scale(
+        rows=1,
+        vocab=numel,
+        dtype=dtype,
+        x=address,
+        strides=(1, 0, 0),
+        scale=factor,
+        device=0,
+        stream=stream,
+    )
+
+
+@pytest.mark.skipif(not _C.cuda or torch.cuda.is_available(), reason="built without CUDA, or a GPU")
+def test_cuda_build_without_a_gpu():
+    assert _C.cuda_devices() == []
+    assert _C.cuda_versions()["runtime"] >= 11000
+    with pytest.raises(RuntimeError, match="CUDA"):
+        scale(address=0, numel=1, dtype=0, factor=0, stream=0)
+
+
+needs_gpu = pytest.mark.skipif(not (_C.cuda and torch.cuda.is_available()), reason="no GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_devices_are_those_of_torch():
+    for i, device in enumerate(_C.cuda_devices()):
+        there = torch.cuda.get_device_properties(i)
+        assert device["name"] == there.name
+        assert device["capability"] == (there.major, there.minor)
+        assert device["multiprocessors"] == there.multi_processor_count
+        assert device["total_bytes"] == there.total_memory
+    assert len(_C.cuda_devices()) == torch.cuda.device_count()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(
+    "code, dtype", [(0, torch.bfloat16), (1, torch.float16), (2, torch.float32)]
+)
+@pytest.mark.parametrize("start", [0, 1, 7])  # elements off a 16-byte boundary
+@pytest.mark.parametrize("numel", [0, 1, 15, 4099, 3_000_001])
+def test_cuda_scale(code, dtype, start, numel):
+    buffer = torch.randn(start + numel + 9, device="cuda").to(dtype)
+    for factor in (1.0, 0.3):
+        multiplier = torch.tensor(factor, device="cuda")
+        x = buffer[start : start + numel]
+        expected = buffer.clone()
+        expected[start : start + numel] = (x.float() * multiplier).to(dtype)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # base plus offset: an empty view has no address of its own
+        address = buffer.data_ptr() + start * buffer.element_size()
+        scale(address, numel, code, multiplier.data_ptr(), stream.cuda_stream)
+        stream.synchronize()
+        assert torch.equal(buffer, expected)
