@@ -95,7 +95,7 @@ LAYERS = [
     {"backends"},
     {"ops"},
     {"losses", "arguments", "parallel", "__init__"},
-    {"integrations", "bench", "train", "cli"},
+    {"integrations", "bench", "train", "info", "cli"},
 ]
 LAYER = {part: i for i, parts in enumerate(LAYERS) for part in parts}
 
