@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, load_golden, on_backends, preset
+from conftest import GOLDEN, KERNELS, load_golden, on_backends, preset
 
 import dcpo_kernels as dk
 from dcpo_kernels.backends import reference
@@ -248,7 +248,7 @@ def test_batch_on_kernels(entry, dtype, layout, use_backend):
 
 
 @batches
-@on_backends("cpu-" + (__import__("conftest").CPU_ISAS or ["none"])[0])
+@on_backends(*(KERNELS[:1] or ["reference"]))
 def test_in_place_is_the_same(entry, use_backend):
     _, out, gradient = run(entry, torch.float32, use_backend)
     _, out2, gradient2 = run(entry, torch.float32, use_backend, inplace=True)
