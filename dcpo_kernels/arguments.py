@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from dcpo_kernels.aggregation import response_weights
 from dcpo_kernels.objectives import MAX_K, Objective
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
@@ -30,8 +32,10 @@ def check_logits(logits: Tensor, temperature: float, backend: str, name: str = "
         )
     if logits.shape[-1] < 1:
         raise ValueError(f"{name} has an empty vocabulary: shape {list(logits.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be > 0")
+    if not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number, got {temperature!r}")
+    if not _TINY <= temperature <= _HUGE:
+        raise ValueError(f"temperature={temperature} must be > 0 and finite in float32")
     backend = backends.choose(backend, logits.device.type)
     dtypes = (*LOGITS_DTYPES, torch.float64) if backend == "reference" else LOGITS_DTYPES
     if logits.dtype not in dtypes:
@@ -51,13 +55,16 @@ def check_in_place(logits: Tensor) -> None:
         raise ValueError(
             "inplace=True would overwrite logits that are a leaf of the graph; pass inplace=False"
         )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)
-    ):
-        raise ValueError(
-            f"inplace=True needs logits with a place for each row, got strides "
-            f"{list(logits.stride())}"
-        )
+    if torch.compiler.is_compiling():  # would be a guard on the strides
+        return
+    reach = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(
+                f"inplace=True needs logits with a place for each row, got strides "
+                f"{list(logits.stride())}"
+            )
+        reach += stride * (size - 1)
 
 
 def rows_of(
@@ -70,12 +77,16 @@ def rows_of(
     """One value a token, [N] or [B, T] as the logits have them, as a contiguous [N] of the kernels'
     dtype."""
     tokens = list(logits.shape[:-1])
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {tokens}, got {type(x).__name__}")
+    _check_tensor(name, x, tokens)
     if list(x.shape) != tokens:
         raise ValueError(f"{name} must have one value a token, shape {tokens}, got {list(x.shape)}")
     _check_kind(name, x, logits, dtypes)
     return x.detach().to(to).reshape(-1).contiguous()
+
+
+def _check_tensor(name: str, x: object, shape: Sequence[object]) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {list(shape)}, got {type(x).__name__}")
 
 
 def _check_kind(name: str, x: Tensor, logits: Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -117,6 +128,7 @@ def responses_of(
                 f"mask goes with logits [B, T, V], got {list(logits.shape)}; packed logits take "
                 f"lengths"
             )
+        _check_tensor("mask", mask, logits.shape[:2])
         if list(mask.shape) != list(logits.shape[:2]):
             raise ValueError(
                 f"mask must have shape {list(logits.shape[:2])}, got {list(mask.shape)}"
@@ -132,7 +144,15 @@ def responses_of(
             f"lengths go with packed logits [N, V], got {list(logits.shape)}; padded logits take a "
             f"mask"
         )
-    given = torch.as_tensor(lengths)
+    if isinstance(lengths, Tensor):
+        given = lengths
+    else:
+        try:
+            given = torch.as_tensor(lengths)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"lengths must be integers [R], got {lengths!r}") from error
+        if given.shape == (0,):  # torch takes [] for floats
+            given = given.to(torch.int64)
     if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(
             f"lengths must be integers of shape [R], got {given.dtype} of shape {list(given.shape)}"
@@ -211,6 +231,7 @@ def topk_of(
             f"{[*logits.shape[:-1], 'K']}"
         )
     for name, x, dtypes in (("topk_ids", ids, IDS), ("topk_logprobs", logprobs, FLOATS)):
+        _check_tensor(name, x, [*logits.shape[:-1], "K"])
         if (
             x.dim() != logits.dim()
             or list(x.shape[:-1]) != list(logits.shape[:-1])
@@ -245,6 +266,7 @@ def old_logits_of(
         raise ValueError(
             f"divergence={objective.divergence!r} needs old_logits, shape {list(logits.shape)}"
         )
+    _check_tensor("old_logits", old_logits, logits.shape)
     if list(old_logits.shape) != list(logits.shape):
         raise ValueError(
             f"old_logits must have the logits' shape {list(logits.shape)}, got "

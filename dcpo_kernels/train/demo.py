@@ -1,0 +1,293 @@
+"""`dcpo demo`: a small language model learns sums by GRPO and by DCPO, from the same start."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+from dcpo_kernels import __version__, backends
+from dcpo_kernels.train import report
+from dcpo_kernels.train.arithmetic import (
+    MAX_NEW_TOKENS,
+    Sum,
+    as_problems,
+    make_sums,
+    make_tokenizer,
+)
+from dcpo_kernels.train.config import recipes
+from dcpo_kernels.train.data import Problem, read_problems, write_problems
+from dcpo_kernels.train.evaluate import evaluate
+from dcpo_kernels.train.loop import read_metrics, train
+from dcpo_kernels.train.progress import progress
+from dcpo_kernels.train.step import Trainer
+from dcpo_kernels.train.timing import loss_seconds
+from dcpo_kernels.train.warmup import PADDED_STEPS, make_model, warm_up
+
+OPERANDS = 4
+WARMUP_SHARE = 0.35  # of the time: no more, or nothing is left to see
+CURVE_PROBLEMS, CURVE_SAMPLES = 128, 4  # what the accuracy between the steps is measured on
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    methods = list(recipes())
+    add = parser.add_argument
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("dcpo-demo"),
+        help="gets problems, metrics, table and plots",
+    )
+    add("--seed", type=int, default=0)
+    add(
+        "--minutes",
+        type=float,
+        default=5.0,
+        help="wall-clock budget; training stops cleanly before it",
+    )
+    add("--steps", type=int, default=60, help="training steps of each method")
+    add(
+        "--methods",
+        nargs="+",
+        choices=methods,
+        default=["grpo", "dcpo"],
+        metavar="METHOD",
+        help=", ".join(methods),
+    )
+    add("--problems", type=int, default=1024, help="problems to train on")
+    add("--heldout", type=int, default=256, help="problems to evaluate on")
+    add("--samples", type=int, default=8, help="k of the sampled Avg@k at the end")
+    add("--warmup-problems", type=int, default=3072)
+    add("--warmup-steps", type=int, default=1100, help="supervised steps before")
+    add("--prompts-per-step", type=int, default=64)
+    add("--group-size", type=int, default=8, help="responses to a prompt")
+    add("--minibatches", type=int, default=4, help="updates per rollout")
+    add("--learning-rate", type=float, default=3e-4)
+    add("--hidden-size", type=int, default=64)
+    add("--layers", type=int, default=2)
+    add("--vocab-size", type=int, default=32768, help="the embedding is padded to this many rows")
+
+
+def main(args: argparse.Namespace) -> int:
+    try:
+        demo = Demo(args)
+    except ValueError as error:
+        print(f"dcpo demo: {error}", file=sys.stderr)
+        return 2
+    status = 0
+    try:
+        demo.run()
+    except KeyboardInterrupt:
+        demo.say_stopped("interrupted")
+        status = 130
+    demo.finish()
+    return status
+
+
+class Demo:
+    """The stages in order; `results` holds what they measured, on disk after each."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.out: Path = args.output_dir
+        self.started = time.monotonic()
+        self.console = Console()
+        if not self.console.is_terminal:
+            self.console.width = 120
+        common = {
+            "prompts_per_step": args.prompts_per_step,
+            "group_size": args.group_size,
+            "minibatches": args.minibatches,
+            "micro_batch_size": 128,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "learning_rate": args.learning_rate,
+            "seed": args.seed,
+        }
+        self.configs = {name: recipes(**common)[name] for name in dict.fromkeys(args.methods)}
+        self.tokenizer = make_tokenizer()
+        self.results: dict[str, Any] = {
+            "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "environment": {
+                "dcpo-kernels": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "machine": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "backend": backends.choose("auto", "cpu"),
+            },
+            "stopped": [],
+            "seconds": {},
+        }
+
+    def run(self) -> None:
+        with self.stage("problems"):
+            warmup, train_on, heldout = self.make_problems()
+        with self.stage("warm-up"):
+            model = self.warmed_up(warmup)
+        with self.stage("evaluation before"):
+            self.results["before"] = self.evaluated(model, heldout, "evaluation, before")
+        with self.stage("training"):
+            trainers = self.trained(model, train_on, heldout)
+        with self.stage("evaluation after"):
+            after = self.results["after"] = {}
+            for name, trainer in trainers.items():
+                after[name] = self.evaluated(trainer.model, heldout, f"evaluation, {name}")
+        with self.stage("loss beside plain PyTorch"):
+            self.results["loss_seconds"] = {
+                n: loss_seconds(t) for n, t in trainers.items() if t.last
+            }
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.results["seconds"][name] = time.monotonic() - start
+            _write(self.out / "results.json", json.dumps(self.results, indent=2) + "\n")
+
+    def make_problems(self) -> tuple[list[Sum], list[Problem], list[Problem]]:
+        """To warm up with, to train on, held out: disjoint. The last two go through parquet."""
+        args = self.args
+        sizes = (args.warmup_problems, args.problems, args.heldout)
+        sums = iter(make_sums(sum(sizes), OPERANDS, args.seed))
+        warmup, *others = (list(islice(sums, size)) for size in sizes)
+        read = []
+        for name, part, first in (("train", others[0], 0), ("heldout", others[1], args.problems)):
+            write_problems(self.out / f"{name}.parquet", as_problems(part, first))
+            read.append(read_problems(self.out / f"{name}.parquet"))
+        example = read[1][0]
+        self.console.print(
+            f"{len(read[0])} problems to train on, {len(read[1])} held out, such as "
+            f"{example.prompt[0]['content']!r}: {example.ground_truth}",
+            highlight=False,
+        )
+        return warmup, *read
+
+    def warmed_up(self, sums: list[Sum]) -> Any:
+        args = self.args
+        torch.manual_seed(args.seed)
+        model = make_model(self.tokenizer, args.hidden_size, args.layers)
+        planned = args.warmup_steps + PADDED_STEPS
+        with progress(self.console, "supervised warm-up", planned) as advance:
+            made = warm_up(
+                model,
+                self.tokenizer,
+                sums,
+                steps=args.warmup_steps,
+                vocab_size=args.vocab_size,
+                seed=args.seed,
+                deadline=self.started + 60 * args.minutes * WARMUP_SHARE,
+                advance=advance,
+            )
+        if made < planned:
+            self.say_stopped(f"the time budget ended the warm-up after {made} of {planned} steps")
+        return model
+
+    def evaluated(self, model: Any, heldout: list[Problem], title: str) -> dict[str, Any]:
+        done = {}
+        with progress(self.console, title, 2 * len(heldout)) as advance:
+            for kind, samples, temperature in (
+                ("greedy", 1, 0.0),
+                ("sampled", self.args.samples, 1.0),
+            ):
+                done[kind] = evaluate(
+                    model,
+                    self.tokenizer,
+                    heldout,
+                    samples=samples,
+                    temperature=temperature,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    seed=self.args.seed,
+                    advance=lambda n: advance(n, ""),
+                )._asdict()
+                advance(0, f"{kind} accuracy {100 * done[kind]['accuracy']:.1f} %")
+        return done
+
+    def trained(
+        self, model: Any, problems: list[Problem], heldout: list[Problem]
+    ) -> dict[str, Trainer]:
+        """All methods from copies of one model, a step each in turn."""
+        args = self.args
+        for name in self.configs:  # of an earlier run in the same place
+            (self.out / name / "metrics.jsonl").unlink(missing_ok=True)
+        trainers = {
+            name: Trainer(copy.deepcopy(model), self.tokenizer, problems, config)
+            for name, config in self.configs.items()
+        }
+
+        def curve(model: Any) -> dict[str, float]:
+            part, k = heldout[:CURVE_PROBLEMS], CURVE_SAMPLES
+            done = evaluate(
+                model,
+                self.tokenizer,
+                part,
+                samples=k,
+                max_new_tokens=MAX_NEW_TOKENS,
+                seed=args.seed,
+            )
+            return {"heldout_accuracy": done.accuracy}
+
+        after = 15 + 2 * len(trainers) * self.results["seconds"]["evaluation before"]
+        with progress(self.console, " and ".join(trainers), args.steps) as advance:
+            train(
+                trainers,
+                self.out,
+                steps=args.steps,
+                deadline=self.started + 60 * args.minutes - after,
+                evaluate_every=max(1, args.steps // 10),
+                evaluation=curve,
+                advance=advance,
+            )
+        made = min(trainer.steps for trainer in trainers.values())
+        if made < args.steps:
+            self.say_stopped(f"the time budget ended training after {made} of {args.steps} steps")
+        return trainers
+
+    def say_stopped(self, what: str) -> None:
+        self.results["stopped"].append(what)
+        self.console.print(what, style="yellow")
+
+    def finish(self) -> None:
+        """Table and plots from whatever has been measured."""
+        histories = {name: read_metrics(self.out / name / "metrics.jsonl") for name in self.configs}
+        with self.stage("report"):
+            report.plot(self.out / "curves.png", self.results, histories)
+        rows = report.make_rows(self.results, histories)
+        steps = ", ".join(f"{len(history)} {name}" for name, history in histories.items())
+        text = io.StringIO()
+        for console in (self.console, Console(file=text, width=120)):
+            console.print(report.make_table(rows, list(histories)))
+            notes = (
+                f"Steps made: {steps}. Wall clock: {time.monotonic() - self.started:.0f} s.",
+                report.verdict(rows, list(histories)),
+                *(f"Note: {what}." for what in self.results["stopped"]),
+            )
+            for note in filter(None, notes):
+                console.print(note, highlight=False)
+        _write(self.out / "table.txt", text.getvalue())
+        self.console.print(
+            f"Everything is in {self.out}: table.txt, curves.png, results.json, */metrics.jsonl",
+            highlight=False,
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    os.replace(temporary, path)

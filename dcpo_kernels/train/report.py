@@ -1,0 +1,237 @@
+"""The final table and the plots, from what was measured and nothing else."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.table import Table
+
+from dcpo_kernels.train.clock import PHASES
+from dcpo_kernels.train.step import Metrics
+
+Histories = dict[str, list[Metrics]]
+COLORS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#5c4d7d")
+
+
+class Value(NamedTuple):
+    middle: float
+    error: float = 0.0  # standard error
+
+
+class Row(NamedTuple):
+    label: str
+    before: Value | None
+    after: dict[str, Value]  # by method
+    style: str  # percent, number
+    better: str  # "higher", "lower", or "" where neither is
+
+
+def mean_over_steps(history: Sequence[Metrics], key: str) -> Value:
+    values = [line[key] for line in history]
+    middle = sum(values) / len(values)
+    spread = sum((v - middle) ** 2 for v in values) / max(len(values) - 1, 1)
+    return Value(middle, math.sqrt(spread / len(values)))
+
+
+def loss_shares(
+    history: Sequence[Metrics], seconds_per_token: dict[str, float]
+) -> dict[str, float]:
+    """Share of the step spent in the loss: as it ran, and with plain PyTorch in its place."""
+    step = sum(line["seconds_step"] for line in history)
+    ours = sum(line["seconds_loss"] for line in history)
+    plain = seconds_per_token["plain"] * sum(line["tokens"] for line in history)
+    return {"ours": ours / step, "plain": plain / (step - ours + plain)}
+
+
+def make_rows(results: dict[str, Any], histories: Histories) -> list[Row]:
+    """Every number of the table that there is."""
+    before, after, costs = (
+        results.get("before", {}),
+        results.get("after", {}),
+        results.get("loss_seconds", {}),
+    )
+    histories = {name: history for name, history in histories.items() if history}
+    rows: list[Row] = []
+
+    def evaluated(label: str, kind: str, key: str, better: str) -> None:
+        def value(e: dict[str, Any]) -> Value:
+            return Value(e[kind][key], e[kind]["error"] if key == "accuracy" else 0.0)
+
+        if before:
+            done = {name: value(e) for name, e in after.items()}
+            style = "percent" if key != "response_length" else "number"
+            rows.append(Row(label, value(before), done, style, better))
+
+    def trained(label: str, key: str, style: str, better: str) -> None:
+        if histories:
+            values = {name: mean_over_steps(history, key) for name, history in histories.items()}
+            rows.append(Row(label, None, values, style, better))
+
+    k = results["options"]["samples"]
+    evaluated("held-out accuracy, greedy (Avg@1)", "greedy", "accuracy", "higher")
+    evaluated(f"held-out accuracy, sampled (Avg@{k})", "sampled", "accuracy", "higher")
+    evaluated("held-out answers without \\boxed{}", "sampled", "unformatted", "")
+    evaluated("held-out response length, tokens", "sampled", "response_length", "")
+    trained("RUR, mean over the run", "rur", "percent", "higher")
+    trained("TCR, mean over the run", "tcr", "percent", "lower")
+    if histories:
+        start = {name: Value(history[0]["entropy"]) for name, history in histories.items()}
+        end = {
+            name: mean_over_steps(history[-5:], "entropy") for name, history in histories.items()
+        }
+        rows.append(
+            Row("entropy, last 5 steps, nats", next(iter(start.values())), end, "number", "")
+        )
+    trained("response tokens a second, whole step", "tokens_per_second", "number", "")
+    shared = {n: loss_shares(h, costs[n]) for n, h in histories.items() if n in costs}
+    if shared:
+        for way, label in (("ours", "our op"), ("plain", "plain PyTorch")):
+            values = {name: Value(share[way]) for name, share in shared.items()}
+            rows.append(Row(f"share of the step in the loss, {label}", None, values, "percent", ""))
+        for way, label in (
+            ("ours", "our op"),
+            ("every_row", "our op, A = 0 not skipped"),
+            ("plain", "plain PyTorch"),
+        ):
+            values = {name: Value(1e6 * costs[name][way]) for name in shared}
+            rows.append(
+                Row(f"loss and its gradient, us a token, {label}", None, values, "number", "")
+            )
+    return rows
+
+
+def leader(row: Row) -> str:
+    """Who is ahead by more than two standard errors, or "even"; "" where nothing can be won."""
+    if not row.better or len(row.after) < 2:
+        return ""
+    sign = 1 if row.better == "higher" else -1
+    (name, first), (_, second), *_ = sorted(
+        row.after.items(), key=lambda item: -sign * item[1].middle
+    )
+    noise = 2 * math.hypot(first.error, second.error)
+    return name if abs(first.middle - second.middle) > noise else "even"
+
+
+def _text(value: Value | None, style: str) -> str:
+    if value is None:
+        return ""
+    if style == "percent":
+        middle = f"{100 * value.middle:.1f}"
+        return f"{middle} ± {100 * value.error:.1f} %" if value.error else f"{middle} %"
+    return f"{value.middle:.0f}" if abs(value.middle) >= 100 else f"{value.middle:.3g}"
+
+
+def make_table(rows: Sequence[Row], methods: Sequence[str]) -> Table:
+    table = Table()
+    table.add_column("")
+    for name in ("before", *methods, *(["ahead"] if len(methods) > 1 else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_text(row.after.get(name), row.style) for name in methods]
+        verdict = [leader(row)] if len(methods) > 1 else []
+        table.add_row(row.label, _text(row.before, row.style), *cells, *verdict)
+    return table
+
+
+def verdict(rows: Sequence[Row], methods: Sequence[str]) -> str:
+    """Who is ahead where, in a line."""
+    ahead = {row.label: leader(row) for row in rows if leader(row)}
+    parts = []
+    for name in (*methods, "even"):
+        labels = [
+            label.partition(",")[0] if "accuracy" not in label else label
+            for label, who in ahead.items()
+            if who == name
+        ]
+        if labels:
+            parts.append(
+                f"{'Even' if name == 'even' else name + ' is ahead'}: {'; '.join(labels)}."
+            )
+    return " ".join(parts)
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
+    means = []
+    for i in range(len(values)):
+        window = values[max(0, i - width + 1) : i + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def plot(path: str | os.PathLike[str], results: dict[str, Any], histories: Histories) -> None:
+    """One PNG: reward, held-out accuracy, RUR, TCR, entropy, and where the time goes."""
+    histories = {name: history for name, history in histories.items() if history}
+    colors = dict(zip(histories, COLORS * len(histories), strict=False))
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
+    curves = (
+        ("reward", "training reward", 1),
+        ("heldout_accuracy", "held-out accuracy, %", 100),
+        ("rur", "response utilization ratio (RUR), %", 100),
+        ("tcr", "token clipping ratio (TCR), %", 100),
+        ("entropy", "entropy, nats a token", 1),
+    )
+    for axis, (key, title, scale) in zip(axes.flat, curves, strict=False):
+        for name, history in histories.items():
+            points = [(line["step"], scale * line[key]) for line in history if key in line]
+            if key == "heldout_accuracy":
+                if "before" in results:
+                    points.insert(0, (0, scale * results["before"]["sampled"]["accuracy"]))
+                if name in results.get("after", {}):
+                    final = scale * results["after"][name]["sampled"]["accuracy"]
+                    points = [p for p in points if p[0] < history[-1]["step"]]
+                    points.append((history[-1]["step"], final))
+                axis.plot(*zip(*points, strict=True), "o-", color=colors[name], label=name, ms=4)
+            else:
+                steps, values = zip(*points, strict=True)
+                axis.plot(steps, values, color=colors[name], alpha=0.3, lw=1)
+                axis.plot(steps, _smooth(values), color=colors[name], label=name, lw=2)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.25)
+        if histories:
+            axis.legend(frameon=False)
+    _plot_time(axes.flat[5], results.get("loss_seconds", {}), histories)
+    temporary = Path(path).with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def _plot_time(axis: Any, costs: dict[str, dict[str, float]], histories: Histories) -> None:
+    """Milliseconds a response token by phase: as it ran, and with plain PyTorch's loss."""
+    bars: list[tuple[str, dict[str, float]]] = []
+    for name, history in histories.items():
+        tokens = sum(line["tokens"] for line in history)
+        phases = {p: 1e3 * sum(line[f"seconds_{p}"] for line in history) / tokens for p in PHASES}
+        bars.append((f"{name}\nour op", phases))
+        if name in costs:
+            bars.append((f"{name}\nplain", {**phases, "loss": 1e3 * costs[name]["plain"]}))
+    bottoms = [0.0] * len(bars)
+    for phase, color in zip(PHASES, plt.get_cmap("Pastel1").colors, strict=False):  # pyright: ignore[reportAttributeAccessIssue]
+        heights = [phases[phase] for _, phases in bars]
+        color = "#222222" if phase == "loss" else color
+        axis.bar(
+            [label for label, _ in bars],
+            heights,
+            bottom=bottoms,
+            color=color,
+            label=phase,
+            width=0.65,
+        )
+        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
+    axis.set_title("time of a step, ms a token")
+    if bars:
+        axis.set_ylim(0, 1.45 * max(bottoms))
+        axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper center")
+    for i, ((_, phases), top) in enumerate(zip(bars, bottoms, strict=True)):
+        axis.text(
+            i, top, f"loss {100 * phases['loss'] / top:.0f} %", ha="center", va="bottom", fontsize=9
+        )

@@ -1,0 +1,245 @@
+"""Random batches for the losses, in every layout, and what float64 says of them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dcpo_kernels as dk
+
+# Trust regions narrow enough that each of them stops some tokens of a batch.
+OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
+    "dcpo": partial(dk.dcpo, 0.02, 0.03, 1.6),
+    "grpo": dk.grpo,
+    "dapo": dk.dapo,
+    "ppo": partial(dk.ppo, 0.2, 1.4),
+    "gspo": partial(dk.gspo, 0.05, 0.08),
+    "inverse_sqrt": partial(dk.inverse_sqrt, 0.02),
+    "sapo": dk.sapo,
+    "cispo": partial(dk.cispo, 1.3),
+    "dppo-binary_tv": partial(dk.dppo, "binary_tv", 0.03),
+    "dppo-binary_kl": partial(dk.dppo, "binary_kl", 0.01),
+    "dppo-topk_tv": partial(dk.dppo, "topk_tv", 0.1),
+    "dppo-topk_kl": partial(dk.dppo, "topk_kl", 0.03),
+    "dppo-tv": partial(dk.dppo, "tv", 0.15),
+    "dppo-kl": partial(dk.dppo, "kl", 0.1),
+}
+CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "cispo": {0, 3}, "sapo": {0}}  # of `clipped`
+CODES |= {name: {0, 1, 2} for name in ("grpo", "dapo", "gspo", "inverse_sqrt")}
+CODES |= {name: {0, 4} for name in OBJECTIVES if name.startswith("dppo")}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Half a unit in the last place, relative.
+ROUNDING = {torch.float64: 0.0, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
+LAYOUTS = ("packed", "row-stride", "padded", "sliced", "time-major")
+PER_TOKEN = ("token_loss", "logprobs", "entropy", "ratio", "clipped")
+
+
+@dataclass
+class Problem:
+    """base holds the memory, view(base) are the logits, arguments is everything else that
+    policy_loss wants."""
+
+    base: Tensor
+    view: Callable[[Tensor], Tensor]
+    arguments: dict[str, Any]
+
+    @property
+    def logits(self) -> Tensor:
+        return self.view(self.base)
+
+    @property
+    def counts(self) -> Tensor:
+        """[N] or [B, T]: the tokens that count."""
+        mask = self.arguments.get("mask")
+        rows = self.logits.shape[:-1]
+        return torch.ones(rows, dtype=torch.bool) if mask is None else mask != 0
+
+    def run(
+        self, upstream: Callable[[Tensor], Tensor] | None = None, **options: Any
+    ) -> tuple[dk.PolicyLoss, Tensor]:
+        """The loss and the gradient of upstream(loss) in the logits, in memory of its own."""
+        arguments = {**self.arguments, **options}
+        dtype = arguments.pop("dtype", self.base.dtype)
+        if arguments.get("old_logits") is not None:
+            arguments["old_logits"] = arguments["old_logits"].to(dtype)
+        leaf = self.base.detach().to(dtype, copy=True).requires_grad_()
+        out = dk.policy_loss(self.view(leaf), **arguments)
+        loss = out.loss if upstream is None else upstream(out.loss)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return out, self.view(gradient)
+
+    def oracle(self, **options: Any) -> tuple[dk.PolicyLoss, Tensor]:
+        return self.run(dtype=torch.float64, backend="reference", inplace=False, **options)
+
+
+def lay_out(rows: Tensor, layout: str, mask: Tensor | None) -> tuple[Tensor, Callable]:
+    """Logits [N, V], one row a token that counts, as memory and a view of it; NaN wherever no token
+    counts."""
+    vocab = rows.shape[1]
+    if layout == "packed":
+        return rows, lambda x: x.view_as(x)  # in place wants logits that are no leaf
+    if layout == "row-stride":  # odd strides: rows begin off every boundary
+        base = torch.full((len(rows), vocab + 3), torch.nan, dtype=rows.dtype)
+        base[:, :vocab] = rows
+        return base, lambda x: x[:, :vocab]
+    assert mask is not None
+    batch, time = mask.shape
+    if layout == "time-major":
+        base = torch.full((time, batch, vocab), torch.nan, dtype=rows.dtype)
+        base.transpose(0, 1)[mask] = rows
+        return base, lambda x: x.transpose(0, 1)
+    extra = int(layout == "sliced")  # logits[:, :-1] predict ids[:, 1:]
+    base = torch.full((batch, time + extra, vocab), torch.nan, dtype=rows.dtype)
+    base[:, :time][mask] = rows
+    return base, lambda x: x[:, :time]
+
+
+def problem(
+    objective: dk.Objective,
+    *,
+    layout: str = "packed",
+    dtype: torch.dtype = torch.float32,
+    vocab: int = 37,
+    lengths: tuple[int, ...] = (6, 0, 1, 9, 8),
+    temperature: float = 1.0,
+    advantages: str = "token",
+    importance: str | None = None,
+    drift: float = 0.7,
+    seed: int = 0,
+) -> Problem:
+    """A policy some way off the one that sampled. Tokens that don't count hold NaN and the id
+    -100."""
+    draw = torch.Generator().manual_seed(seed)
+    normal = partial(torch.randn, generator=draw)
+    tokens, responses = sum(lengths), len(lengths)
+    rows = (2 * normal(tokens, vocab)).to(dtype)
+    old_rows = (rows + drift * normal(tokens, vocab)).to(dtype)
+    old = torch.log_softmax(old_rows.double() / temperature, -1)
+    ids = torch.multinomial(old.exp(), 1, generator=draw)[:, 0] if tokens else torch.empty(0).long()
+    token_values = {
+        "target_ids": ids,
+        "old_logprobs": old.gather(1, ids[:, None])[:, 0].float(),
+    }
+    if objective.kl_coef:
+        token_values["ref_logprobs"] = token_values["old_logprobs"] + 0.3 * normal(tokens)
+    if objective.needs_topk:
+        top = old.topk(min(4, vocab))
+        token_values |= {"topk_ids": top.indices, "topk_logprobs": top.values.float()}
+    if objective.needs_old_logits:
+        token_values["old_logits"] = old_rows
+    response_values = {}
+    for name, per in (("advantages", advantages), ("importance_weights", importance)):
+        values = normal(tokens if per == "token" else responses)
+        if name == "importance_weights":
+            values = values.exp()
+        if per is not None:
+            (token_values if per == "token" else response_values)[name] = values
+
+    mask = None
+    grouping: dict[str, Any] = {"lengths": torch.tensor(lengths, dtype=torch.int64)}
+    if layout not in ("packed", "row-stride"):
+        time = max(lengths, default=0) + 2
+        order = torch.rand(responses, time, generator=draw).argsort(1)  # with holes in between
+        mask = order < torch.tensor(lengths)[:, None]
+        grouping = {"mask": mask}
+        for name, values in token_values.items():
+            nothing = torch.nan if values.is_floating_point() else -100
+            spread = torch.full((*mask.shape, *values.shape[1:]), nothing, dtype=values.dtype)
+            spread[mask] = values
+            token_values[name] = spread
+    base, view = lay_out(rows, layout, mask)
+    options = {
+        "objective": objective,
+        "temperature": temperature,
+        "max_length": max(lengths, default=0) or 1,
+    }
+    return Problem(base, view, {**token_values, **response_values, **grouping, **options})
+
+
+def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
+    """[N] or [B, T]: weight (|g| + |h| (1 + H)) / T, what multiplies the probabilities in a row's
+    gradient before anything cancels. Its rounding is what a gradient entry may be off by."""
+    arguments = p.arguments
+    objective = arguments["objective"]
+    mask = arguments.get("mask")
+    lengths = arguments["lengths"] if mask is None else mask.sum(1)
+
+    def per_token(x):
+        if x.shape == expected.logprobs.shape:
+            return x.nan_to_num()
+        return x.repeat_interleave(lengths) if mask is None else x[:, None].expand(mask.shape)
+
+    weight = dk.token_weights(
+        lengths if mask is None else mask,
+        objective.aggregation,
+        max_length=arguments["max_length"],
+    )
+    g = per_token(arguments["advantages"]).abs() * expected.ratio
+    if "importance_weights" in arguments:
+        g = g * per_token(arguments["importance_weights"])
+    if objective.kl_coef:
+        d = per_token(arguments["ref_logprobs"]) - expected.logprobs
+        g = g + objective.kl_coef * (1 + d.clamp(-20, 20).exp())
+    entropy = torch.zeros(()) if expected.entropy is None else expected.entropy
+    return weight * (g + abs(objective.entropy_coef) * (1 + entropy)) / arguments["temperature"]
+
+
+def assert_matches(
+    p: Problem,
+    found: tuple[dk.PolicyLoss, Tensor],
+    expected: tuple[dk.PolicyLoss, Tensor],
+    scale: float = 1.0,
+) -> None:
+    """Values within float32 rounding of the oracle's; the gradient scaled, and rounded once to its
+    dtype (twice where an upstream gradient came after)."""
+    (out, gradient), (want, want_gradient) = found, expected
+    torch.testing.assert_close(out.logprobs.double(), want.logprobs, rtol=2e-6, atol=3e-6)
+    torch.testing.assert_close(out.ratio.double(), want.ratio, rtol=1e-5, atol=0)
+    assert (out.entropy is None) == (want.entropy is None)
+    if want.entropy is not None:
+        torch.testing.assert_close(out.entropy.double(), want.entropy, rtol=2e-6, atol=4e-6)
+    assert torch.equal(out.clipped, want.clipped)
+    assert torch.equal(out.mask, want.mask)
+    torch.testing.assert_close(out.token_loss.double(), want.token_loss, rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(out.response_loss.double(), want.response_loss, rtol=2e-5, atol=1e-5)
+    coefficient = pull(p, want)
+    slack = 1e-5 * float(coefficient.sum() + want.token_loss.abs().max())
+    assert abs(float(out.loss.detach()) - float(want.loss.detach())) <= slack
+
+    rounding = ROUNDING[gradient.dtype] * (1 if scale == 1 else 2.1)
+    smallest = 2.0**-24 if gradient.dtype == torch.float16 else 0.0
+    want_gradient = scale * want_gradient
+    error = (gradient.double() - want_gradient).abs()
+    slack = rounding * want_gradient.abs() + 5e-6 * abs(scale) * coefficient[..., None] + smallest
+    assert (error <= slack).all(), f"gradient off by up to {float((error / slack).max())} slacks"
+
+
+def pairs(**factors: tuple) -> list[dict[str, Any]]:
+    """Few settings in which every two values of every two factors meet (greedy)."""
+    draw = random.Random(0)
+    items = {name: [(name, i) for i in range(len(values))] for name, values in factors.items()}
+    open_pairs = {
+        frozenset(pair)
+        for a, b in itertools.combinations(items.values(), 2)
+        for pair in itertools.product(a, b)
+    }
+    cases = []
+    while open_pairs:
+        case = sorted(min(open_pairs, key=sorted))
+        for name in draw.sample(list(items), len(items)):
+            if name not in dict(case):
+                candidates = draw.sample(items[name], len(items[name]))  # ties go to any
+                gains = [sum({c, item} in open_pairs for item in case) for c in candidates]
+                case.append(candidates[gains.index(max(gains))])
+        open_pairs -= set(map(frozenset, itertools.combinations(case, 2)))
+        chosen = dict(case)
+        cases.append({name: values[chosen[name]] for name, values in factors.items()})
+    return cases

@@ -1,0 +1,481 @@
+"""Inputs that hurt: peaked rows at every width, -inf, NaN, rows far from 0, the ends of a format,
+old probabilities of 0, very many rows, very long rows, offsets past 2^31."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import on_backends, on_kernels
+from problems import DTYPES, OBJECTIVES, ROUNDING, assert_matches, problem
+
+import dcpo_kernels as dk
+from dcpo_kernels import ops
+
+INF, NAN = float("inf"), float("nan")
+on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# One and two vectors of each width, blocks of four, the chunk of 2048, and what lies beside them.
+VOCABS = [*range(1, 71), *range(126, 131), *range(2047, 2054), 4095, 4096, 4097, 4099]
+
+
+def run(logits, ids, old=None, A=None, **options):
+    """policy_loss of single-token responses and the gradient, one logit row each."""
+    rows = len(logits)
+    leaf = logits.clone().requires_grad_()
+    old = torch.full((rows,), -1.0) if old is None else torch.as_tensor(old)
+    A = torch.ones(rows) if A is None else torch.as_tensor(A)
+    options = {"objective": dk.grpo(), "lengths": [1] * rows, **options}
+    out = dk.policy_loss(leaf, torch.as_tensor(ids), old, A, **options)
+    return out, torch.autograd.grad(out.loss, leaf)[0]
+
+
+def exact(logits, ids, temperature=1.0):
+    """logprobs, entropy [N] and log p [N, V] in float64."""
+    log_p = torch.log_softmax(logits.double() / temperature, -1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p.nan_to_num(neginf=0.0), 0.0).sum(-1)
+    return log_p.gather(1, torch.as_tensor(ids)[:, None])[:, 0], entropy, log_p
+
+
+def assert_selected(logits, ids, backend, temperature=1.0, note=None):
+    """logprobs, entropy and the gradient of 2 logp - 3 H against float64."""
+    ids = torch.as_tensor(ids)
+    leaf = logits.clone().requires_grad_()
+    options = {"temperature": temperature, "with_entropy": True, "backend": backend}
+    logprobs, entropy = dk.selected_logprobs(leaf, ids, **options)
+    (gradient,) = torch.autograd.grad((2 * logprobs - 3 * entropy).sum(), leaf)
+    want, want_entropy, log_p = exact(logits, ids, temperature)
+    close = {"rtol": 2e-6, "atol": 4e-6, "msg": lambda text: f"{note}: {text}"}
+    torch.testing.assert_close(logprobs.double(), want, **close)
+    torch.testing.assert_close(entropy.double(), want_entropy, **close)
+    p = log_p.exp()
+    onehot = torch.nn.functional.one_hot(ids, logits.shape[1])
+    pull = p * (log_p.nan_to_num(neginf=0.0) + want_entropy[:, None])
+    expected = (2 * (onehot - p) + 3 * pull) / temperature
+    slack = ROUNDING[logits.dtype] * expected.abs() + 2e-5 * (1 + want_entropy[:, None])
+    assert ((gradient.double() - expected).abs() <= slack).all(), note
+    assert (gradient[logits == -INF].double() - expected[logits == -INF] == 0).all(), note
+
+
+# ---- widths -------------------------------------------------------------------------------------
+
+
+@on_kernels()
+@on_dtypes
+def test_every_width(dtype, use_backend):
+    """A tail that adds exp(0) to the sum shows in a row whose logits all lie far below 0."""
+    for vocab in VOCABS:
+        rows = torch.randn(5, vocab)
+        rows[0] -= 60.0
+        rows[1] = -60.0
+        rows[2, -1] = 50.0  # the peak in the tail
+        rows[3, 0] = 50.0
+        rows[4, vocab // 2] = 3.0
+        ids = [vocab - 1, 0, vocab - 1, vocab // 3, vocab // 2]
+        assert_selected(rows.to(dtype), ids, use_backend, note=f"V={vocab}")
+
+
+@on_kernels()
+@on_dtypes
+def test_every_width_writes_its_row_and_nothing_beside_it(dtype, use_backend):
+    for vocab in VOCABS:
+        padded = torch.full((3, vocab + 9), 5.0, dtype=dtype)
+        padded[:, 4 : 4 + vocab] = torch.randn(3, vocab)
+        logits = padded[:, 4 : 4 + vocab]
+        expected = run(logits, [0, vocab - 1, vocab // 2], backend=use_backend)[1]
+        ids = torch.tensor([0, vocab - 1, vocab // 2])
+        stats = ops.row_stats(logits, ids, None, 1.0, False, use_backend)
+        assert torch.equal(stats[2], logits.float().amax(1)) or vocab > 2048
+        view = logits.detach().requires_grad_().view_as(logits)
+        out = dk.policy_loss(
+            view, ids, torch.full((3,), -1.0), torch.ones(3), lengths=[1] * 3,
+            objective=dk.grpo(), inplace=True, backend=use_backend,
+        )  # fmt: skip
+        out.loss.backward()
+        assert torch.equal(logits, expected), f"V={vocab}"
+        assert (padded[:, :4] == 5).all() and (padded[:, 4 + vocab :] == 5).all(), f"V={vocab}"
+
+
+@on_backends()
+@on_dtypes
+@pytest.mark.parametrize("order", ["ascending", "descending", "steps", "peak last"])
+def test_a_maximum_that_keeps_rising(order, dtype, use_backend):
+    """The sum so far is rescaled with each new maximum: 16 chunks of 2048, and 9 logits."""
+    vocab = 16 * 2048 + 9
+    rows = {
+        "ascending": torch.linspace(-30, 30, vocab),
+        "descending": torch.linspace(30, -30, vocab),
+        "steps": torch.arange(vocab).div(2048, rounding_mode="floor") * 2.5,  # just below 2^4
+        "peak last": torch.cat([torch.zeros(vocab - 1), torch.tensor([40.0])]),
+    }[order]
+    rows = rows.to(dtype).expand(3, vocab)
+    assert_selected(rows, [0, vocab // 2, vocab - 1], use_backend, temperature=0.8)
+
+
+# ---- -inf ---------------------------------------------------------------------------------------
+
+
+@on_backends()
+@on_dtypes
+@pytest.mark.parametrize("lowest", ["-inf", "finfo.min"])
+def test_masked_logits(lowest, dtype, use_backend):
+    """Logits that a sampler or a grammar has taken out, also a whole chunk of them in front."""
+    low = -INF if lowest == "-inf" else torch.finfo(dtype).min
+    vocab = 2 * 2048 + 77
+    rows = torch.randn(6, vocab)
+    rows[0, ::2] = low
+    rows[1, :2048] = low
+    rows[2, :4096] = low
+    rows[3, 2048:] = low
+    rows[4] = low
+    rows[4, 5] = -3.0  # one is left
+    rows[5] = low
+    rows[5, vocab - 1] = 700.0
+    ids = [1, 2048, 4100, 7, 5, vocab - 1]
+    assert_selected(rows.to(dtype), ids, use_backend)
+    assert_selected(rows.to(dtype), ids, use_backend, temperature=0.5)
+
+
+@on_backends()
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_of_rows_with_minus_infinity(name, use_backend):
+    for dtype in DTYPES:
+        p = problem(OBJECTIVES[name](entropy_coef=0.1, kl_coef=0.1), dtype=dtype, vocab=67)
+        sampled = torch.nn.functional.one_hot(p.arguments["target_ids"], 67).bool()
+        taken_out = (torch.rand(p.base.shape) < 0.4) & ~sampled
+        p.base = p.base.masked_fill(taken_out, -INF)
+        found = p.run(backend=use_backend)
+        assert_matches(p, found, p.oracle())
+        assert (found[1][taken_out] == 0).all()
+
+
+@on_backends()
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_target_of_probability_zero(name, use_backend):
+    """The log-probability is -inf; loss and gradient are the oracle's, and finite."""
+    for dtype in DTYPES:
+        objective = OBJECTIVES[name](entropy_coef=0.1, kl_coef=0.1)
+        p = problem(objective, dtype=dtype, lengths=(1, 1, 2))
+        p.arguments["advantages"] = torch.tensor([1.0, -1.0, 0.5, 0.0])
+        p.base[[0, 1, 3], p.arguments["target_ids"][[0, 1, 3]]] = -INF
+        out, gradient = p.run(backend=use_backend)
+        want, want_gradient = p.oracle()
+        assert (out.logprobs[[0, 1, 3]] == -INF).all() and out.logprobs[2].isfinite()
+        assert out.token_loss.isfinite().all()
+        torch.testing.assert_close(out.token_loss.double(), want.token_loss, rtol=1e-5, atol=1e-6)
+        assert torch.equal(out.clipped, want.clipped)
+        slack = ROUNDING[dtype] * want_gradient.abs() + 1e-6
+        assert ((gradient.double() - want_gradient).abs() <= slack).all()
+
+
+# ---- NaN and +inf -------------------------------------------------------------------------------
+
+
+def bits(number: int) -> torch.Tensor:
+    """The float32 of these 32 bits."""
+    return torch.tensor(number, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+@on_backends()
+@on_dtypes
+@pytest.mark.parametrize("poison", [NAN, INF], ids=["nan", "inf"])
+def test_a_poisoned_logit_stays_in_its_row(poison, dtype, use_backend):
+    vocab = 2048 + 83
+    clean = torch.randn(9, vocab).to(dtype)
+    ids = torch.arange(9)
+    options = {"objective": dk.dcpo(entropy_coef=0.1, aggregation="token-sum")}
+    options |= {"with_entropy": True, "backend": use_backend}
+    out, gradient = run(clean, ids, **options)
+    # The target, both ends, both chunks, a whole vector, a whole row
+    places = {1: slice(1, 2), 3: slice(0, 1), 4: slice(vocab - 1, vocab), 5: slice(2050, 2051)}
+    places |= {6: slice(64, 128), 7: slice(0, vocab)}
+    poisoned = clean.clone()
+    for row, place in places.items():
+        poisoned[row, place] = poison
+    broken = torch.isin(torch.arange(9), torch.tensor(list(places)))
+    out2, gradient2 = run(poisoned, ids, **options)
+    for key in ("token_loss", "logprobs", "entropy", "ratio", "response_loss"):
+        one, two = getattr(out, key), getattr(out2, key)
+        assert two[broken].isnan().all(), key
+        assert torch.equal(one[~broken], two[~broken]), key
+    assert gradient2[broken].isnan().all()
+    assert torch.equal(gradient[~broken], gradient2[~broken])
+    assert out2.loss.isnan()
+
+
+@on_backends()
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_poisoned_logit_reaches_its_loss_in_every_objective(name, use_backend):
+    for dtype in DTYPES:
+        p = problem(OBJECTIVES[name](kl_coef=0.1), dtype=dtype, lengths=(3, 2))
+        clean = p.run(backend=use_backend)
+        p.base[1, 5] = NAN
+        out, gradient = p.run(backend=use_backend)
+        # One ratio a response: all of its tokens
+        broken = torch.arange(5) < 3 if name == "gspo" else torch.arange(5) == 1
+        assert out.token_loss[broken].isnan().all() and gradient[1].isnan().all()
+        assert torch.equal(out.token_loss[~broken], clean[0].token_loss[~broken])
+        assert torch.equal(gradient[~broken], clean[1][~broken])
+
+
+@on_backends()
+@pytest.mark.parametrize("argument", ["old_logprobs", "advantages", "importance_weights"])
+def test_a_nan_of_any_bits_in_another_argument(argument, use_backend):
+    """0x7fffffff is what CUDA calls NaN: a rounding carry would make it -0 in bfloat16."""
+    for dtype in DTYPES:
+        p = problem(dk.grpo(), dtype=dtype, importance="token")
+        out, _ = p.run(backend=use_backend)
+        p.arguments["old_logprobs"] = out.logprobs.clone()  # nothing is clipped
+        for pattern in (0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001):
+            kept = p.arguments[argument].clone()
+            p.arguments[argument][3] = bits(pattern)
+            out, gradient = p.run(backend=use_backend)
+            p.arguments[argument] = kept
+            assert out.token_loss[3].isnan(), hex(pattern)
+            assert gradient[3].isnan().all(), f"{dtype} {hex(pattern)}"
+            assert gradient[[0, 1, 2, 4]].isfinite().all()
+
+
+@on_backends()
+@pytest.mark.parametrize("inplace", [False, True])
+def test_all_tokens_masked(inplace, use_backend):
+    for name in OBJECTIVES:
+        objective = OBJECTIVES[name](kl_coef=0.1, entropy_coef=0.1)
+        p = problem(objective, layout="padded", lengths=(0, 0, 0))
+        assert p.base.isnan().all()
+        out, gradient = p.run(backend=use_backend, inplace=inplace)
+        assert out.loss == 0 and (out.token_loss == 0).all() and (gradient == 0).all()
+        assert (out.ratio == 1).all() and (out.response_loss == 0).all()
+
+
+# ---- magnitudes ---------------------------------------------------------------------------------
+
+
+@on_backends()
+@on_dtypes
+@pytest.mark.parametrize("shift", [1e4, -1e4])
+def test_rows_far_from_zero(shift, dtype, use_backend):
+    rows = (torch.randn(6, 2100) + shift).to(dtype)
+    assert_selected(rows, [0, 1, 2, 3, 4, 5], use_backend)
+    p = problem(dk.dcpo(entropy_coef=0.1), dtype=dtype)
+    p.base = (p.base + shift).to(dtype)
+    assert_matches(p, p.run(backend=use_backend), p.oracle())
+
+
+@on_backends()
+@on_dtypes
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_logits_of_any_size(temperature, dtype, use_backend):
+    """Differences that overflow float32 once divided by the temperature."""
+    most = torch.finfo(dtype).max
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    rows = torch.randn(7, 2100)
+    rows[0, :9] = torch.tensor([most, -most, 0, 1, -1, most / 2, -most / 2, tiny, -tiny])
+    rows[1, :2048] = -most
+    rows[2, :2048], rows[2, 2048:] = -most, most
+    rows[3] = most
+    rows[4] = -most
+    rows[5] = tiny
+    rows[6] *= 1e3
+    rows = rows.to(dtype)
+    ids = [0, 2050, 2060, 5, 6, 7, int(rows[6].argmax())]
+    assert_selected(rows, ids, use_backend, temperature)
+
+
+@on_backends()
+def test_float16_at_its_ends(use_backend):
+    rows = torch.tensor(
+        [
+            [65504.0, 65504.0, -65504.0, 0.0, 2**-24, -(2**-24), 2**-14, -0.0],
+            [2**-24, 2**-23, 3 * 2**-24, 2**-14 - 2**-24, 2**-14, 0.0, -(2**-24), -0.0],
+        ]
+    ).half()
+    assert_selected(rows, [0, 3], use_backend)
+    # Gradients that only denormal halves can hold, rounded to nearest
+    logits = torch.zeros(1, 33).half()
+    for size in (1e-3, 1e-4, 1e-5, 3e-6):
+        gradient = run(logits, [0], old=[math.log(1 / 33)], A=[size], backend=use_backend)[1]
+        expected = torch.full((1, 33), size / 33, dtype=torch.float64)
+        expected[0, 0] = size / 33 - size
+        assert ((gradient.double() - expected).abs() <= 2**-25 + expected.abs() * 2**-11).all()
+        assert (gradient[0, 1] != 0) == (size / 33 > 2**-25)
+
+
+OLD = [-80.0, -87.0, -87.4, -88.0, -95.0, -100.0, -103.0, -104.0, -110.0, -745.0, -1e30, -INF]
+
+
+@on_backends()
+@pytest.mark.parametrize("name", ["dcpo", "inverse_sqrt", "grpo", "ppo", "cispo", "sapo"])
+def test_old_probabilities_that_are_denormal_or_zero(name, use_backend):
+    """q = exp(old) reaches 0 below -103.97; the bounds there are 1/2 and ratio_max (DCPO eq. 6)."""
+    steps = [0.4, 0.55, 0.9, 1.1, 5.0, 9.5, 10.5]
+    old, logp, A = (
+        column.flatten()
+        for column in torch.meshgrid(
+            torch.tensor(OLD), torch.tensor(steps).log(), torch.tensor([1.0, -1.0]), indexing="ij"
+        )
+    )
+    target = torch.where(old > -1000, old + logp, -100.0)
+    logits = torch.stack([target, torch.zeros_like(target)], 1)
+    objective = dk.dcpo() if name == "dcpo" else OBJECTIVES[name]()
+    options = {"old": old, "A": A, "objective": objective, "backend": use_backend}
+    out, gradient = run(logits, torch.zeros(len(old), dtype=torch.int64), **options)
+    leaf = logits.double().requires_grad_()
+    want = dk.policy_loss(
+        leaf, torch.zeros(len(old), dtype=torch.int64), old, A, lengths=[1] * len(old),
+        objective=objective, backend="reference",
+    )  # fmt: skip
+    (want_gradient,) = torch.autograd.grad(want.loss, leaf)
+    assert out.token_loss.isfinite().all() and gradient.isfinite().all()
+    assert torch.equal(out.clipped, want.clipped)
+    torch.testing.assert_close(out.token_loss.double(), want.token_loss, rtol=5e-5, atol=0)
+    torch.testing.assert_close(gradient.double(), want_gradient, rtol=5e-5, atol=1e-7)
+    if name == "dcpo":
+        low, high, cap = (out.clipped == code for code in (2, 1, 3))
+        tiny = (old < -88) & (old > -1000)
+        ratio = (target - old).exp()
+        assert torch.equal(low & tiny, (ratio < 0.5) & (A < 0) & tiny)
+        assert torch.equal(high & tiny, (ratio > 10) & (A > 0) & tiny)
+        assert torch.equal(cap & tiny, (ratio > 10) & (A < 0) & tiny)
+        assert (out.token_loss[low] == 0.5).all() and (out.token_loss[cap] == 10).all()
+        assert (out.token_loss[high & tiny] == -10).all()
+
+
+# ---- numbers of rows and logits -----------------------------------------------------------------
+
+
+@on_backends()
+@on_dtypes
+def test_more_rows_than_a_grid_dimension_holds(dtype, use_backend):
+    rows = 70_000
+    logits = (2 * torch.randn(rows, 3)).to(dtype)
+    ids = torch.randint(3, (rows,))
+    want, want_entropy, log_p = exact(logits, ids)
+    old, A = (want + 0.3 * torch.randn(rows)).float(), torch.randn(rows)
+    options = {"lengths": [30_000, 0, 40_000], "with_entropy": True, "backend": use_backend}
+    out, gradient = run(logits, ids, old, A, objective=dk.cispo(1.2, aggregation="token-sum"),
+                        **options)  # fmt: skip
+    torch.testing.assert_close(out.logprobs.double(), want, rtol=2e-6, atol=3e-6)
+    torch.testing.assert_close(out.entropy.double(), want_entropy, rtol=2e-6, atol=3e-6)
+    g = -A.double() * (want - old).exp().clamp(max=1.2)
+    expected = g[:, None] * (torch.nn.functional.one_hot(ids, 3) - log_p.exp())
+    slack = ROUNDING[dtype] * expected.abs() + 1e-5 * g[:, None].abs() + 2**-24
+    assert ((gradient.double() - expected).abs() <= slack).all()
+
+
+@on_kernels()
+@on_dtypes
+def test_a_very_long_row(dtype, use_backend):
+    rows = (3 * torch.randn(1, 262_144)).to(dtype)
+    assert_selected(rows, [262_143], use_backend)
+    flat = torch.zeros(1, 262_144, dtype=dtype)
+    assert_selected(flat, [0], use_backend)
+
+
+# Rows further apart than 2^31 elements: the memory between them is reserved and never touched.
+FAR = 2**31 + 4096
+VOCAB = 100
+
+
+@on_kernels()
+@pytest.mark.parametrize("padded", [False, True], ids=["row stride", "batch stride"])
+def test_offsets_past_2_to_the_31(padded, use_backend):
+    rows = torch.randn(3, VOCAB).bfloat16()
+    memory = torch.empty(2 * FAR + VOCAB, dtype=torch.bfloat16)
+    shape = (3, 1, VOCAB) if padded else (3, VOCAB)
+    strides = (FAR, VOCAB, 1) if padded else (FAR, 1)
+    logits = memory.as_strided(shape, strides)
+    logits.copy_(rows.view(shape))
+    ids, old, A = torch.tensor([3, 50, 99]), torch.full((3,), -4.0), torch.ones(3)
+    grouping = {"mask": torch.ones(3, 1)} if padded else {"lengths": [1, 1, 1]}
+    if padded:
+        ids, old = ids[:, None], old[:, None]
+    options = {"objective": dk.grpo(), "backend": use_backend, **grouping}
+
+    leaf = rows.view(shape).clone().requires_grad_()
+    want = dk.policy_loss(leaf, ids, old, A, **options)
+    want.loss.backward()
+    with torch.no_grad():
+        out = dk.policy_loss(logits, ids, old, A, **options)
+    assert torch.equal(out.logprobs, want.logprobs)
+    view = logits.detach().requires_grad_().view_as(logits)
+    dk.policy_loss(view, ids, old, A, inplace=True, **options).loss.backward()
+    assert torch.equal(logits, leaf.grad)
+
+
+@on_kernels()
+def test_more_than_2_to_the_31_logits(use_backend):
+    """One row that counts, the last of 2^31 / V + 2; the others are not read and never touched."""
+    vocab, time = 2**17, 2**14 + 2
+    logits = torch.empty(1, time, vocab, dtype=torch.bfloat16)
+    logits[0, -1] = torch.randn(vocab).bfloat16()
+    mask = torch.zeros(1, time)
+    mask[0, -1] = 1
+    ids = torch.full((1, time), -100)
+    ids[0, -1] = vocab - 1
+    out = dk.policy_loss(
+        logits, ids, torch.zeros(1, time), torch.ones(1), mask=mask, with_entropy=True,
+        backend=use_backend,
+    )  # fmt: skip
+    want, want_entropy, _ = exact(logits[0, -1:], [vocab - 1])
+    torch.testing.assert_close(out.logprobs[0, -1:].double(), want, rtol=2e-6, atol=3e-6)
+    torch.testing.assert_close(out.entropy[0, -1:].double(), want_entropy, rtol=2e-6, atol=3e-6)
+    assert (out.logprobs[0, :-1] == 0).all()
+
+
+# ---- conversions --------------------------------------------------------------------------------
+
+PATTERNS = torch.arange(65_536, dtype=torch.int32).to(torch.uint16)
+halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@on_kernels()
+@halves
+def test_every_half_is_read_as_it_is(dtype, use_backend):
+    """row_max of a row of equal logits is that logit. 67: a block of every width, and a tail."""
+    values = PATTERNS.view(dtype)
+    number, finite = ~values.isnan(), values.isfinite()
+    for vocab in (1, 67):
+        logits = values[:, None].expand(-1, vocab).contiguous()
+        ids = torch.full((65_536,), vocab - 1)
+        logprobs, _, row_max, _ = ops.row_stats(logits, ids, None, 1.0, False, use_backend)
+        assert torch.equal(row_max[number], values[number].float())
+        assert logprobs[~number].isnan().all()
+        assert (logprobs[finite] + math.log(vocab)).abs().max() < 1e-6
+
+
+def neighbours(dtype):
+    """Every finite value of a half precision, the float32 halfway to the next, and those beside."""
+    values = PATTERNS.view(dtype)
+    values = values[values.isfinite()].float()
+    bits = values.view(torch.int32)
+    half_step = 1 << (15 if dtype == torch.bfloat16 else 12)
+    around = [bits + d for d in (0, 1, half_step - 1, half_step, half_step + 1)]
+    out = [x.view(torch.float32) for x in around] + [values * 0.75, values * 1.0001]
+    if dtype == torch.float16:  # between the denormals the steps are equal
+        ends = torch.arange(0, 1025).float() * 2**-24
+        ties = ends + 2**-25
+        edges = [ties, torch.nextafter(ties, ends), torch.nextafter(ties, ends + 1), ends]
+        out += [sign * edge for edge in edges for sign in (1, -1)]
+        top = [65503.0, 65504.0, 65519.0, 65519.996, 65520.0, 65536.0, 1e9, 3e38, 1e-30, 1e-45]
+        out += [torch.tensor(top), -torch.tensor(top)]
+    out = torch.cat(out)
+    return out[out.isfinite()]
+
+
+@on_kernels()
+@halves
+def test_every_half_is_rounded_to_nearest_even(dtype, use_backend):
+    """With p = 1 everywhere, which no softmax gives, the gradient is -g, and 0 at the target; in a
+    row of -inf, which has p = 0, it is g at the target."""
+    g = neighbours(dtype)
+    zeros = torch.zeros(len(g))
+    ones = torch.zeros(len(g), 67, dtype=dtype)
+    arguments = (zeros, zeros, torch.zeros(0), g, None, 1.0, use_backend)
+    gradient = ops.row_gradient(ones, torch.full((len(g),), 66), *arguments)
+    wrong = (gradient[:, :-1] != (-g).to(dtype)[:, None]).any(1)
+    assert not wrong.any(), f"{int(wrong.sum())} of {len(g)}, first {g[wrong][0]!r}"
+    nothing = torch.full_like(ones[:, :1], -INF)
+    target = ops.row_gradient(nothing, torch.zeros(len(g)).long(), *arguments)[:, 0]
+    assert torch.equal(target, g.to(dtype))

@@ -1,0 +1,217 @@
+"""Presets' numbers, what an Objective refuses, and the limits of the clip bounds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, asdict, replace
+
+import pytest
+import torch
+from conftest import on_kernels
+from problems import OBJECTIVES
+
+import dcpo_kernels as dk
+from dcpo_kernels.objectives import (
+    CLIP_CAP,
+    CLIP_HIGH,
+    CLIP_LOW,
+    CLIP_NONE,
+    CLIP_REGION,
+    DIVERGENCES,
+    MAX_LOG_RATIO,
+    SURROGATES,
+    clip_bounds,
+    decide,
+    kernel_arguments,
+)
+
+INF = math.inf
+# DESIGN.md section 3 and the papers' own numbers. What is not named is a default of Objective.
+PRESETS = {
+    "dcpo": (dk.dcpo(), {"surrogate": "dynamic-clip", "eps_low": 0.16, "ratio_max": 10.0,
+                         "ratio_cap": 10.0, "aggregation": "only-token-mean"}),
+    "grpo": (dk.grpo(), {"aggregation": "seq-mean-token-mean"}),
+    "dapo": (dk.dapo(), {"eps_high": 0.28}),
+    "gspo": (dk.gspo(), {"eps_low": 3e-4, "eps_high": 4e-4, "ratio_level": "sequence",
+                         "aggregation": "seq-mean-token-mean"}),
+    "ppo": (dk.ppo(), {"ratio_cap": 3.0}),
+    "inverse_sqrt": (dk.inverse_sqrt(), {"surrogate": "inverse-sqrt-clip",
+                                         "aggregation": "only-token-mean"}),
+    "cispo": (dk.cispo(), {"surrogate": "reinforce", "eps_low": 0.0, "eps_high": 0.0,
+                           "ratio_cap": 5.0}),
+    "sapo": (dk.sapo(), {"surrogate": "soft-gate", "eps_low": 1.05, "eps_high": 1.0,
+                         "aggregation": "seq-mean-token-mean"}),
+    "dr_grpo": (dk.dr_grpo(), {"aggregation": "seq-mean-token-sum-norm"}),
+    "bnpo": (dk.bnpo(), {"aggregation": "token-mean"}),
+}  # fmt: skip
+DEFAULTS = {
+    "surrogate": "clip", "eps_low": 0.2, "eps_high": 0.2, "ratio_max": INF, "ratio_cap": INF,
+    "ratio_level": "token", "divergence": "none", "limit_low": INF, "limit_high": INF, "k": 20,
+    "aggregation": "token-mean", "kl_coef": 0.0, "entropy_coef": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset(name):
+    objective, numbers = PRESETS[name]
+    assert asdict(objective) == {"name": name, **DEFAULTS, **numbers}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES[1:])
+def test_dppo(divergence):
+    limit = 0.05 if divergence.endswith("kl") else 0.15
+    expected = {
+        "name": "dppo", **DEFAULTS, "surrogate": "reinforce", "eps_low": 0.0, "eps_high": 0.0,
+        "divergence": divergence, "limit_low": limit, "limit_high": limit, "ratio_cap": 20.0,
+    }  # fmt: skip
+    objective = dk.dppo(divergence)
+    assert asdict(objective) == expected
+    assert objective.needs_topk == divergence.startswith("topk")
+    assert objective.needs_old_logits == (divergence in ("tv", "kl"))
+    own = dk.dppo(divergence, (0.1, 0.2), 3.0, 7)
+    assert (own.limit_low, own.limit_high, own.ratio_cap, own.k) == (0.1, 0.2, 3.0, 7)
+    assert dk.dppo(divergence, 0.3).limit_low == dk.dppo(divergence, 0.3).limit_high == 0.3
+
+
+def test_default_divergence_is_binary_tv():
+    assert dk.dppo().divergence == "binary_tv"
+
+
+@pytest.mark.parametrize("make", [v for k, v in vars(dk).items() if k in (*PRESETS, "dppo")])
+def test_every_preset_takes_parts_and_is_frozen(make):
+    parts = {"aggregation": "token-sum", "kl_coef": 0.1, "entropy_coef": -0.2, "name": "mine"}
+    objective = make(**parts)
+    assert {key: getattr(objective, key) for key in parts} == parts
+    with pytest.raises(FrozenInstanceError):
+        objective.eps_low = 1.0
+    assert hash(objective) == hash(make(**parts)) and objective != make()
+    with pytest.raises(TypeError):
+        make(epsilon=0.2)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"surrogate": "clipped"}, "surrogate='clipped' is not one of clip, dynamic-clip"),
+        ({"divergence": "js"}, "divergence='js' is not one of none, binary_tv"),
+        ({"ratio_level": "batch"}, "ratio_level='batch' is not one of token, sequence"),
+        ({"aggregation": "mean"}, "aggregation='mean' is not one of only-token-mean"),
+        ({"eps_low": -0.1}, "eps_low=-0.1 must be >= 0"),
+        ({"eps_high": math.nan}, "eps_high=nan must be >= 0"),
+        ({"surrogate": "reinforce", "divergence": "tv", "limit_low": -1}, "limit_low=-1 must"),
+        ({"ratio_max": 0.9}, "ratio_max=0.9 must be >= 1"),
+        ({"ratio_cap": math.nan}, "ratio_cap=nan must be >= 1"),
+        ({"kl_coef": INF}, "kl_coef=inf must be finite"),
+        ({"entropy_coef": math.nan}, "entropy_coef=nan must be finite"),
+        ({"k": 0}, "k=0 must lie in 1..128"),
+        ({"k": 129}, "k=129 must lie in 1..128"),
+        ({"surrogate": "soft-gate", "eps_low": 0.0}, "soft gate must be > 0"),
+        ({"divergence": "tv"}, "divergence mask goes with surrogate='reinforce'"),
+        ({"limit_low": 0.1}, "a limit needs a divergence"),
+        ({"surrogate": "reinforce", "ratio_max": 5.0}, "ratio_max bounds a clip"),
+        ({"surrogate": "soft-gate", "ratio_cap": 5.0}, "ratio_cap has no place in a soft gate"),
+        ({"surrogate": "dynamic-clip", "ratio_level": "sequence"}, "bounds per token"),
+        (
+            {"surrogate": "reinforce", "divergence": "tv", "ratio_level": "sequence"},
+            "compares tokens",
+        ),
+    ],
+)
+def test_refused(changes, words):
+    with pytest.raises(ValueError, match=f"mine: .*{words}"):
+        dk.Objective("mine", **changes)
+    if changes.keys() <= {"aggregation", "kl_coef", "k"}:
+        with pytest.raises(ValueError, match=words):
+            replace(dk.grpo(), **changes)
+
+
+def test_kernel_arguments_follow_the_header():
+    """The codes are positions, and csrc/objective.h lists them in this order."""
+    for i, surrogate in enumerate(SURROGATES):
+        assert kernel_arguments(dk.Objective("x", surrogate))[0] == i
+    for i, divergence in enumerate(DIVERGENCES[1:], 1):
+        assert kernel_arguments(dk.dppo(divergence))[1] == i
+    numbers = kernel_arguments(
+        dk.Objective("x", "clip", 0.1, 0.2, 3, 4, kl_coef=0.5, entropy_coef=0.6)
+    )
+    assert numbers == (0, 0, 0.1, 0.2, 3, 4, INF, INF, 0.5, 0.6)
+    assert kernel_arguments(dk.dppo("kl", (0.7, 0.8)))[6:8] == (0.7, 0.8)
+    assert tuple(range(5)) == (CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION)
+
+
+# ---- bounds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bounds_at_the_ends(dtype):
+    old = torch.tensor([0.0, -50.0, -87.4, -100.0, -104.0, -745.0, -1e30, -INF], dtype=dtype)
+    low, high = clip_bounds(dk.dcpo(), old)
+    exact = (0.5 + 0.5 * math.sqrt(1 - 0.64), 0.5 + 0.5 * math.sqrt(1 + 0.8))
+    assert (float(low[0]), float(high[0])) == pytest.approx(exact, rel=1e-6)
+    assert (low[1:] == 0.5).all() and (high[1:] == 10).all()  # not NaN, not inf
+    low, high = clip_bounds(dk.inverse_sqrt(0.2), old)
+    assert low[0] == pytest.approx(0.8) and high[0] == pytest.approx(1.2)
+    assert (low[1:] == 0).all() and high.isfinite().all() and (high[1:] > 1e9).all()
+    low, high = clip_bounds(dk.dapo(), old)
+    assert (low == 0.8).all() and (high == 1.28).all()
+
+
+def test_bounds_widen_as_the_old_probability_falls():
+    """DCPO eq. 6: |r - 1| r q <= eps solved for r; equality at each bound that is not a limit."""
+    old = torch.linspace(-12, 0, 1001, dtype=torch.float64)
+    q = old.exp()
+    low, high = clip_bounds(dk.dcpo(), old)
+    assert (low.diff() >= 0).all() and (high.diff() <= 0).all()
+    inside = high < 10
+    torch.testing.assert_close(((high - 1) * high * q)[inside], torch.full_like(q[inside], 0.2))
+    inside = low > 0.5
+    torch.testing.assert_close(((1 - low) * low * q)[inside], torch.full_like(q[inside], 0.16))
+    assert inside.any() and not inside.all()
+
+
+def test_zero_eps_leaves_no_room():
+    low, high = clip_bounds(dk.dcpo(0.0, 0.0), torch.tensor([-3.0, -0.1], dtype=torch.float64))
+    assert (low == 1).all() and (high == 1).all()
+
+
+# ---- decide: one formula in Python and in C++ ---------------------------------------------------
+
+
+def through_a_kernel(objective, logp, old, A, ref, backend):
+    """token_loss, ratio, clipped and g: the gradient at the target is g (1 - p)."""
+    logits = torch.stack([logp, torch.log(-torch.expm1(logp))], 1).float().requires_grad_()
+    out = dk.policy_loss(
+        logits, torch.zeros(len(logp), dtype=torch.int64), old, A, lengths=[1] * len(logp),
+        objective=replace(objective, aggregation="token-sum"), ref_logprobs=ref, backend=backend,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(out.loss, logits)
+    return out, gradient[:, 0].double() / -torch.expm1(logp)
+
+
+@on_kernels()
+@pytest.mark.parametrize("kl_coef", [0.0, 0.2])
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if not n.startswith(("dppo-t", "dppo-k"))])
+def test_decide_on_a_grid(name, kl_coef, use_backend):
+    """Ratios from e^-25 to e^25, past where they are held."""
+    steps = torch.tensor([-25, -20.5, -19.5, -5, -1, -0.3, -0.05, 0, 0.05, 0.3, 1, 5, 19.5, 25.0])
+    grid = torch.meshgrid(
+        torch.tensor([-30.0, -12.0, -3.0, -0.5, -0.01]), steps, torch.tensor([-2.0, 0.0, 1.5]),
+        indexing="ij",
+    )  # fmt: skip
+    logp, step, A = (x.flatten() for x in grid)
+    old, ref = logp - step, logp + 0.7 * step
+    objective = replace(OBJECTIVES[name](), kl_coef=kl_coef)
+    if objective.divergence != "none":  # an old probability is one
+        possible = old <= 0
+        logp, old, A, ref = (x[possible] for x in (logp, old, A, ref))
+    out, g = through_a_kernel(objective, logp.double(), old, A, ref, use_backend)
+    doubles = [x.double() for x in (out.logprobs, old, A)]
+    want = decide(objective, *doubles, ref_logprobs=ref.double())
+    torch.testing.assert_close(out.ratio.double(), want.ratio, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.token_loss.double(), want.loss, rtol=3e-5, atol=1e-6)
+    assert torch.equal(out.clipped, want.clipped)
+    torch.testing.assert_close(g, want.g, rtol=1e-4, atol=1e-5)
+    held = (doubles[0] - old.double()).abs() > MAX_LOG_RATIO
+    assert held.any() or objective.divergence != "none"
+    if kl_coef == 0:
+        assert (g[held] == 0).all()
