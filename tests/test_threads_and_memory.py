@@ -279,8 +279,7 @@ def test_instruction_sets():
     assert native._C.cpu_isa() == before
 
 
-@pytest.mark.parametrize("isa", CPU_ISAS)
-def test_instruction_set_from_the_environment(isa):
+def test_instruction_set_from_the_environment():
     code = """
         import os
         import sys
@@ -290,4 +289,4 @@ def test_instruction_set_from_the_environment(isa):
         dcpo_kernels.selected_logprobs(torch.zeros(1, 2), torch.tensor([0]))
         print(native._C.cpu_isa())
         """
-    assert python(code, isa) == isa + "\n"
+    assert python(code, "portable") == "portable\n"

@@ -13,8 +13,12 @@ from types import ModuleType
 from typing import Any
 
 # In order of preference.
-_CANDIDATES = {"cpu": ("cpu", "reference"), "cuda": ("reference",)}
-_MODULES = {"cpu": "dcpo_kernels.backends.native"}
+_CANDIDATES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("cuda", "triton", "reference")}
+_MODULES = {
+    "cpu": "dcpo_kernels.backends.native",
+    "cuda": "dcpo_kernels.backends.cuda",
+    "triton": "dcpo_kernels.backends.triton",
+}
 NAMES = ("auto", "reference", *_MODULES)
 
 
@@ -30,7 +34,7 @@ def unavailable(name: str, device: str) -> str:
         return f"does not serve {device} tensors"
     if name == "reference":
         return ""
-    return _load(name).unavailable()
+    return _load(name).unavailable(device)
 
 
 def choose(backend: str, device: str) -> str:
@@ -63,6 +67,8 @@ def kernels(backend: str, device: str) -> ModuleType:
 
 _DESCRIPTIONS = {
     "cpu": "compiled kernels",
+    "cuda": "compiled kernels",
+    "triton": "Triton kernels",
     "reference": "plain PyTorch under autograd: several copies of the logits",
 }
 

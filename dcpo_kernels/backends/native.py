@@ -26,7 +26,7 @@ if _C is not None and os.environ.get("DCPO_KERNELS_CPU_ISA"):
     _C.cpu_use_isa(os.environ["DCPO_KERNELS_CPU_ISA"])
 
 
-def unavailable() -> str:
+def unavailable(device: str = "cpu") -> str:
     return _reason
 
 

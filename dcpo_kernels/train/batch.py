@@ -13,7 +13,6 @@ from torch import Tensor
 
 class Batch(NamedTuple):
     input_ids: Tensor  # [B, L] prompt and response without its last token, padded on the right
-    attention_mask: Tensor  # [B, L]
     predicts: Tensor  # [B, L] bool: the logits here predict a response token
     target_ids: Tensor  # [N] the response tokens, packed
     lengths: Tensor  # [B] tokens of each response; they add up to N
@@ -24,19 +23,19 @@ def collate(
     responses: Sequence[Sequence[int]],
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Rows of one length. What pads them is never read: no id of the tokenizer is needed for it."""
+    """Rows of one length, padded on the right, where no token of a causal model sees the padding.
+
+    At least one response, and every prompt and response at least one token.
+    """
     lengths = [len(response) for response in responses]
     rows = [[*prompt, *response][:-1] for prompt, response in zip(prompts, responses, strict=True)]
-    size = (len(rows), max(map(len, rows), default=0))
-    input_ids = torch.zeros(size, dtype=torch.int64)
-    attention_mask = torch.zeros(size, dtype=torch.int64)
-    predicts = torch.zeros(size, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.tensor(row)
-        attention_mask[i, : len(row)] = 1
-        predicts[i, len(row) - lengths[i] : len(row)] = True
-    target_ids = torch.tensor(list(itertools.chain.from_iterable(responses)), dtype=torch.int64)
-    parts = (input_ids, attention_mask, predicts, target_ids, torch.tensor(lengths))
+    width = max(map(len, rows))
+    input_ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in rows])
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    place = torch.arange(width)
+    predicts = (place < ends) & (place >= ends - torch.tensor(lengths)[:, None])
+    target_ids = torch.tensor(list(itertools.chain.from_iterable(responses)))
+    parts = (input_ids, predicts, target_ids, torch.tensor(lengths))
     return Batch(*(part.to(device) for part in parts))
 
 
@@ -59,6 +58,4 @@ def head_sees(model: Any, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
 def response_logits(model: Any, batch: Batch) -> Tensor:
     """[N, V] logits that predict batch.target_ids. No others are computed."""
     with head_sees(model, lambda hidden: hidden[batch.predicts]):
-        return model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).logits
+        return model(input_ids=batch.input_ids, use_cache=False).logits

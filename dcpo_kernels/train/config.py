@@ -75,8 +75,8 @@ class TrainConfig:
             )
         if o.needs_topk or o.needs_old_logits:
             raise ValueError(
-                f"{o.name}: divergence={o.divergence!r} needs more of the old policy than this loop "
-                "keeps, the sampled tokens' log-probs; binary_tv and binary_kl work"
+                f"{o.name}: divergence={o.divergence!r} needs more of the old policy than this "
+                "loop keeps, the sampled tokens' log-probs; binary_tv and binary_kl work"
             )
 
 

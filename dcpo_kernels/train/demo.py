@@ -119,6 +119,19 @@ class Demo:
         }
         self.configs = {name: recipes(**common)[name] for name in dict.fromkeys(args.methods)}
         self.tokenizer = make_tokenizer()
+        for option, least in (
+            ("vocab_size", len(self.tokenizer)),
+            ("problems", args.prompts_per_step),
+            ("heldout", 1),
+            ("samples", 1),
+            ("warmup_problems", 1),
+        ):
+            if getattr(args, option) < least:
+                name = "--" + option.replace("_", "-")
+                raise ValueError(f"{name} {getattr(args, option)} must be at least {least}")
+        sizes = (args.warmup_problems, args.problems, args.heldout)
+        sums = iter(make_sums(sum(sizes), OPERANDS, args.seed))
+        self.sums = [list(islice(sums, size)) for size in sizes]
         self.results: dict[str, Any] = {
             "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
             "environment": {
@@ -162,12 +175,9 @@ class Demo:
 
     def make_problems(self) -> tuple[list[Sum], list[Problem], list[Problem]]:
         """To warm up with, to train on, held out: disjoint. The last two go through parquet."""
-        args = self.args
-        sizes = (args.warmup_problems, args.problems, args.heldout)
-        sums = iter(make_sums(sum(sizes), OPERANDS, args.seed))
-        warmup, *others = (list(islice(sums, size)) for size in sizes)
+        warmup, train_on, heldout = self.sums
         read = []
-        for name, part, first in (("train", others[0], 0), ("heldout", others[1], args.problems)):
+        for name, part, first in (("train", train_on, 0), ("heldout", heldout, len(train_on))):
             write_problems(self.out / f"{name}.parquet", as_problems(part, first))
             read.append(read_problems(self.out / f"{name}.parquet"))
         example = read[1][0]

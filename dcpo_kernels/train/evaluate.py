@@ -43,6 +43,8 @@ def evaluate(
     if not problems:
         raise ValueError("there are no problems to evaluate")
     generator = torch.Generator(model.device).manual_seed(seed)
+    was_training = model.training
+    model.eval()
     rewards: list[list[float]] = []
     tokens = 0
     many = max(1, batch_size // samples)
@@ -62,6 +64,7 @@ def evaluate(
         rewards += [[reward(next(texts), p.ground_truth) for _ in range(samples)] for p in part]
         if advance:
             advance(len(part))
+    model.train(was_training)
     scores = torch.tensor(rewards)
     right = (scores == RIGHT).double().mean(1)
     return Evaluation(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,7 +155,7 @@ def _measured(experience: Experience, summaries: Sequence[Metrics]) -> Metrics:
     }
 
 
-def _timed(experience: Experience, seconds: Counter[str]) -> Metrics:
+def _timed(experience: Experience, seconds: Mapping[str, float]) -> Metrics:
     tokens = sum(map(len, experience.rollout.responses))
     return {
         "tokens": tokens,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def make_model(tokenizer: Any, hidden_size: int, layers: int) -> Any:
             n_layer=layers,
             n_head=max(1, hidden_size // 16),
             n_positions=32,
+            activation_function="gelu",
             tie_word_embeddings=False,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -78,13 +80,14 @@ def warm_up(
     # The rate is high until most is learned, then falls.
     made = 0
     optimizer = _optimizer(model)
-    for step in range(steps):
-        if time.monotonic() > deadline:
-            break
-        rate = min((step + 1) / 50, 1, (steps - step) / (0.3 * steps))
-        loss = imitate(model, optimizer, demonstrations(), LEARNING_RATE * rate)
-        made += 1
-        advance(1, f"loss {loss:.2f}")
+    with one_thread():
+        for step in range(steps):
+            if time.monotonic() > deadline:
+                break
+            rate = min((step + 1) / 50, 1, (steps - step) / (0.3 * steps))
+            loss = imitate(model, optimizer, demonstrations(), LEARNING_RATE * rate)
+            made += 1
+            advance(1, f"loss {loss:.2f}")
     # These push the new rows out of the way.
     pad_vocabulary(model, vocab_size, tokenizer.convert_tokens_to_ids("<|pad|>"))
     optimizer = _optimizer(model)
@@ -92,6 +95,17 @@ def warm_up(
         loss = imitate(model, optimizer, demonstrations(), 0.3 * LEARNING_RATE)
         advance(1, f"loss {loss:.2f}")
     return made + PADDED_STEPS
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For work so small that threads would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _optimizer(model: Any) -> torch.optim.Optimizer:

@@ -1,0 +1,7 @@
+"""`dcpo bench`: how fast our operators and their peers are on this machine, and how far from the
+limit.
+
+shapes, inputs: what is measured on. operators/, peers/: one small file each. harness: one run of
+one case. timing, memory, machine, check: what the harness asks. stats, record: numbers, and the
+JSON that keeps them. table, plots, compare, roofline, readme: what is said from that JSON alone.
+"""

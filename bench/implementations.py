@@ -1,0 +1,65 @@
+"""The rows of a case: our backends, the plain formula compiled and eager, the peers, the copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from dcpo_kernels import backends
+from dcpo_kernels.bench import peers
+from dcpo_kernels.bench.calls import Call, Copy, Implementation
+from dcpo_kernels.bench.inputs import Inputs
+from dcpo_kernels.bench.operators import Operator
+
+BACKENDS = ("cpu", "cuda", "triton", "reference", "compile", "eager")
+
+
+def implementations(
+    operator: Operator, inputs: Inputs, names: Sequence[str], peer_names: Sequence[str]
+) -> list[Implementation]:
+    rows = []
+    for name in names:
+        if name == "compile":
+            make = partial(_plain, operator, inputs, compiled=True)
+            rows.append(Implementation("torch.compile", "plain", make))
+        elif name == "eager":
+            make = partial(_plain, operator, inputs, compiled=False)
+            rows.append(Implementation("eager", "plain", make))
+        else:
+            rows += _ours(operator, inputs, name)
+    rows += [peers.implementation(peers.PEERS[name], operator, inputs) for name in peer_names]
+    copied = 2 * inputs.logits.nbytes
+    return [*rows, Implementation("copy", "copy", lambda: Copy(inputs.logits), traffic=copied)]
+
+
+def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementation]:
+    if backend not in backends.NAMES:
+        reason = "not a backend of this version"
+    else:
+        reason = backends.unavailable(backend, inputs.case.device)
+    kernels = backend != "reference"
+    kind = "ours" if kernels else "plain"
+    traffic = operator.minimum_bytes(inputs) if kernels else None  # what they are built for
+
+    def row(name: str, inplace: bool) -> Implementation:
+        function = operator.ours(inputs, backend, inplace)
+        make = partial(Call, operator, inputs, function, overwrites=inplace)
+        return Implementation(name, kind, make, traffic=traffic)
+
+    if reason:
+        return [Implementation(backend, kind, None, reason, traffic=traffic)]
+    rows = [row(backend, False)]
+    if operator.backward and kernels:
+        rows.insert(0, row(f"{backend}, in place", True))
+    return rows
+
+
+def _plain(operator: Operator, inputs: Inputs, compiled: bool) -> Call:
+    function = operator.plain(inputs)
+    if compiled:
+        torch.compiler.reset()
+        # Static shapes, the best case: the compiler may use every size.
+        function = torch.compile(function, fullgraph=True, dynamic=False)
+    return Call(operator, inputs, function)

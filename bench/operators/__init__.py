@@ -1,0 +1,37 @@
+"""What `dcpo bench` can measure. One file an operator: a module here with an OPERATOR is found."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dcpo_kernels.bench.inputs import Inputs
+
+# Logits, in the layout of Inputs, to what the operator returns.
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator by what it computes, its floor in bytes, and its implementations."""
+
+    name: str
+    title: str
+    takes_objective: bool
+    backward: bool  # differentiate
+    upstream: bool  # the value is one a token, and inputs.upstream its upstream gradient
+    minimum_bytes: Callable[[Inputs], int]  # of memory traffic: nobody can do with less
+    ours: Callable[[Inputs, str, bool], Function]  # (inputs, backend, inplace)
+    plain: Callable[[Inputs], Function]  # the formula in PyTorch, as one would write it
+
+
+def operators() -> dict[str, Operator]:
+    found = [
+        importlib.import_module(f"{__name__}.{module.name}").OPERATOR
+        for module in pkgutil.iter_modules(__path__)
+    ]
+    return {operator.name: operator for operator in found}

@@ -1,0 +1,55 @@
+// The GPU side of dcpo_kernels._C.
+#include "bind_rows.h"
+#include "cuda/device.h"
+#include "cuda/plan.h"
+#include "cuda/rows.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+py::list devices() {
+  py::list all;
+  for (int i = 0; i < dcpo::device_count(); ++i) {
+    const dcpo::DeviceProperties p = dcpo::device_properties(i);
+    all.append(py::dict("name"_a = p.name, "capability"_a = py::make_tuple(p.major, p.minor),
+                        "multiprocessors"_a = p.multiprocessors, "l2_bytes"_a = p.l2_bytes,
+                        "shared_bytes"_a = p.shared_bytes, "total_bytes"_a = p.total_bytes));
+  }
+  return all;
+}
+
+py::dict versions() {
+  return py::dict("driver"_a = dcpo::driver_version(), "runtime"_a = dcpo::runtime_version());
+}
+
+py::dict plan(int64_t row_bytes, int major, size_t shared_bytes) {
+  const dcpo::Plan p = dcpo::choose_plan(row_bytes, major, shared_bytes);
+  return py::dict("cluster"_a = p.cluster, "stages"_a = p.stages, "rounds"_a = p.rounds,
+                  "slack"_a = p.slack, "shared_bytes"_a = p.shared_bytes);
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  using namespace dcpo;
+  m.def("cuda_devices", &devices, "Properties of each GPU; empty where there is none.");
+  m.def("cuda_versions", &versions, "CUDA versions of the driver (0: none) and of the runtime.");
+  m.def("cuda_why_not", &why_not, "device"_a, "Why kernels can't run there; empty if they can.");
+  m.def("cuda_plan", &plan, "row_bytes"_a, "major"_a, "shared_bytes"_a,
+        "How fused lays out a row on 16 bytes; cluster 0: the streaming kernel.");
+  // cluster: -1 as cuda_plan says, 0 the streaming kernel, else blocks that hold a row
+  bind::fused(m, "cuda_fused", cuda_fused, "device", "stream", "cluster");
+  bind::stats(m, "cuda_stats", cuda_stats, "device", "stream");
+  bind::gradient(m, "cuda_gradient", cuda_gradient, "device", "stream");
+  m.def(
+      "cuda_scale",
+      [](int64_t rows, int64_t vocab, int dtype, bind::Address x, const bind::Strides& strides,
+         bind::Address scale, int device, uintptr_t stream) {
+        cuda_scale(bind::shape(rows, vocab, dtype, 1.0f), bind::view(x, strides),
+                   bind::at<float>(scale), device, stream);
+      },
+      py::kw_only(), "rows"_a, "vocab"_a, "dtype"_a, "x"_a, "strides"_a, "scale"_a, "device"_a,
+      "stream"_a, "Multiplies rows in place by a float32 that lies on the device.");
+}

@@ -1,0 +1,378 @@
+// fused for sm_80 and later, and for what the cluster kernel does not take: rows that don't fit or
+// don't lie on 16 bytes, divergences over more than the sampled token, no gradient. Also the two
+// halves alone: row_stats (read) and row_gradient (write).
+//
+// A block reads a row from device memory, decides, and reads it again, last part first, from the
+// second-level cache while it writes the gradient. Probabilities are never materialized.
+#include <algorithm>
+
+#include "cuda/plan.h"
+#include "cuda/rows.cuh"
+#include "cuda/rows.h"
+#include "cuda/runtime.h"
+
+namespace dcpo {
+namespace {
+
+constexpr int kMaxThreads = 1024;  // of a block that writes
+constexpr int kReadThreads = 256;  // of a block that only reads: several share a multiprocessor
+constexpr int kUnroll = 4;         // 16-byte loads in flight a thread
+constexpr int kPartBytes = 2 * 32 * sizeof(float4);
+
+// ---- over a row ---------------------------------------------------------------------------------
+
+template <bool kEntropy, class T>
+__device__ Sums read_row(const T* x, int64_t vocab, float scale) {
+  const Span<T> span(x, vocab);
+  const uint4* packs = reinterpret_cast<const uint4*>(x + span.head);
+  const int64_t threads = blockDim.x;
+  Sums sums;
+  int64_t i = threadIdx.x;
+  for (; i + (kUnroll - 1) * threads < span.packs; i += kUnroll * threads) {
+    uint4 bits[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) bits[u] = __ldcg(packs + i + u * threads);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      float values[kPack<T>];
+      widen<T>(bits[u], values);
+      absorb<kEntropy>(sums, values, scale);
+    }
+  }
+  for (; i < span.packs; i += threads) {
+    float values[kPack<T>];
+    widen<T>(__ldcg(packs + i), values);
+    absorb<kEntropy>(sums, values, scale);
+  }
+  const int64_t edge = span.edge(threadIdx.x);
+  if (edge >= 0) {
+    const float value[1] = {widen(x[edge])};
+    absorb<kEntropy>(sums, value, scale);
+  }
+  return sums;
+}
+
+// The gradient of packs [begin, end) of a row, last first, and, where it is asked for, of the
+// elements outside the packs. dx may be x.
+template <bool kEntropy, class T>
+__device__ void write_row(const T* x, T* dx, int64_t vocab, int64_t target, const RowGradient& c,
+                          int64_t begin, int64_t end, bool edges) {
+  const Span<T> span(x, vocab);
+  const int threads = blockDim.x, thread = threadIdx.x;
+  // Where no 16 bytes are 16 bytes in both rows, elements take the place of packs.
+  const bool packed = (reinterpret_cast<uintptr_t>(x) - reinterpret_cast<uintptr_t>(dx)) % 16 == 0;
+  const int64_t edge = edges ? span.edge(thread) : -1;
+
+  // The target is this thread's where the thread writes it below, as one of many: it asks for the
+  // logit before that and corrects the gradient after it.
+  const int64_t at = target - span.head;
+  bool mine = edge >= 0 && edge == target;
+  if (at >= begin * kPack<T> && at < end * kPack<T>)
+    mine = (packed ? end - 1 - at / kPack<T> : end * kPack<T> - 1 - at) % threads == thread;
+  mine = mine && !c.zero;
+  const float target_logit = mine ? widen(x[target]) : 0.0f;
+
+  auto element = [&](int64_t j) {
+    narrow(c.zero ? 0.0f : gradient_of<kEntropy>(c, widen(x[j])), dx[j]);
+  };
+  if (edge >= 0) element(edge);
+  if (packed) {
+    const uint4* from = reinterpret_cast<const uint4*>(x + span.head);
+    uint4* to = reinterpret_cast<uint4*>(dx + span.head);
+    auto gradient = [&](uint4 bits) { return gradient_of<kEntropy, T>(c, bits); };
+    int64_t i = end - 1 - thread;
+    if (c.zero) {
+      for (; i >= begin; i -= threads) __stcs(to + i, make_uint4(0, 0, 0, 0));
+    }
+    for (; i - (kUnroll - 1) * threads >= begin; i -= kUnroll * threads) {
+      uint4 bits[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) bits[u] = __ldcs(from + i - u * threads);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) __stcs(to + i - u * threads, gradient(bits[u]));
+    }
+    for (; i >= begin; i -= threads) __stcs(to + i, gradient(__ldcs(from + i)));
+  } else {
+    const int64_t first = span.head + begin * kPack<T>;
+    for (int64_t j = span.head + end * kPack<T> - 1 - thread; j >= first; j -= threads) element(j);
+  }
+  if (mine) narrow(target_gradient_of<kEntropy>(c, target_logit), dx[target]);
+}
+
+// ---- over a block -------------------------------------------------------------------------------
+
+// Two halves of shared memory in turn: one barrier a total is enough, because a warp that writes to
+// a half has passed the barrier of the total in between, which all warps reached after they had
+// read this half.
+struct BlockTotals {
+  float4* parts;  // [2][32]
+  int half = 0;
+
+  template <bool kEntropy>
+  __device__ Sums total(Sums s, float scale) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float4* mine = parts + half * 32;
+    half ^= 1;
+    s = warp_total<kEntropy>(s, scale);
+    if (lane == 0) mine[warp] = make_float4(s.max, s.sum, s.entropy_sum, 0.0f);
+    __syncthreads();
+    Sums all;
+    if (lane < static_cast<int>(blockDim.x) / 32)
+      all = Sums{mine[lane].x, mine[lane].y, mine[lane].z};
+    return warp_total<kEntropy>(all, scale);
+  }
+
+  __device__ float total(float x) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float4* mine = parts + half * 32;
+    half ^= 1;
+    x = warp_sum(x);
+    if (lane == 0) mine[warp].x = x;
+    __syncthreads();
+    return warp_sum(lane < static_cast<int>(blockDim.x) / 32 ? mine[lane].x : 0.0f);
+  }
+};
+
+// ---- divergences over more than the sampled token -----------------------------------------------
+
+// Over the K listed tokens, the sampled one (where it is not among them) and one bucket for the
+// rest; every warp for itself. NaN for an id outside the vocabulary.
+template <class T>
+__device__ float topk_divergence(const FusedArgs& a, int64_t row, const T* x, const Sums& sums,
+                                 const RowInputs& in, float logprob) {
+  const int kind = a.objective.divergence, lane = threadIdx.x % 32;
+  float total = 0.0f, mass_p = 0.0f, mass_q = 0.0f;
+  bool listed = false, outside = false;
+  auto add = [&](float logp, float old_logp) {
+    total += topk_term(kind, logp, old_logp);
+    mass_p += expf(logp);
+    mass_q += expf(old_logp);
+  };
+  for (int64_t i = lane; i < a.k; i += 32) {
+    const int64_t id = a.topk_ids[row * a.k + i];
+    listed |= id == in.target;
+    const bool known = in_vocabulary(id, a.shape.vocab);
+    outside |= !known;
+    const float logit = known ? widen(x[id]) : NAN;
+    add(logprob_of(sums, logit, a.shape.temperature), a.topk_logprobs[row * a.k + i]);
+  }
+  if (__ballot_sync(kAllLanes, outside) != 0) return NAN;
+  if (__ballot_sync(kAllLanes, listed) == 0 && lane == 0) add(logprob, in.old_logprob);
+  return finish_topk(kind, warp_sum(total), warp_sum(mass_p), warp_sum(mass_q));
+}
+
+// KL(q || p) or TV over the whole vocabulary, q from the row of old logits.
+template <class T>
+__device__ float full_divergence(const FusedArgs& a, int64_t row, const T* x, const Sums& sums,
+                                 BlockTotals& block) {
+  const T* old = row_of<const T>(a.old_logits, row);
+  const float scale = kLog2E / a.shape.temperature;
+  const Sums old_sums = block.total<false>(read_row<false>(old, a.shape.vocab, scale), scale);
+  const float p_offset = log_sum_of(sums) * kLog2E, q_offset = log_sum_of(old_sums) * kLog2E;
+  const bool tv = a.objective.divergence == kFullTv;
+  float total = 0.0f;
+  for (int64_t j = threadIdx.x; j < a.shape.vocab; j += blockDim.x) {
+    const float log_p = (widen(x[j]) - sums.max) * scale - p_offset;
+    const float log_q = (widen(old[j]) - old_sums.max) * scale - q_offset;
+    const float q = exp2_approx(log_q);
+    if (tv)
+      total += fabsf(exp2_approx(log_p) - q);
+    else if (q != 0.0f)  // 0 (-inf - ...) is NaN
+      total += q * (log_q - log_p);
+  }
+  return block.total(total) * (tv ? 0.5f : kLn2);
+}
+
+// ---- kernels ------------------------------------------------------------------------------------
+
+// kDivergence: the objective looks at more of the row than its target.
+template <class T, bool kEntropy, bool kDivergence>
+__global__ void __launch_bounds__(kMaxThreads, 1) fused_streaming(const FusedArgs a) {
+  DCPO_SHARED(shared);
+  BlockTotals block{reinterpret_cast<float4*>(shared)};
+  const int64_t vocab = a.shape.vocab;
+  const float temperature = a.shape.temperature, scale = kLog2E / temperature;
+  for (int64_t row = blockIdx.x; row < a.shape.rows; row += gridDim.x) {
+    T* dx = a.gradient.data ? row_of<T>(a.gradient, row) : nullptr;
+    if (idle(a, row)) {  // not read
+      if (threadIdx.x == 0) write_idle(a, row);
+      if (dx) {
+        RowGradient none{};
+        none.zero = true;
+        write_row<false>(dx, dx, vocab, -1, none, 0, Span<T>(dx, vocab).packs, true);
+      }
+      continue;
+    }
+    const T* x = row_of<T>(a.logits, row);
+    const RowInputs in = load_inputs(a, row);
+    // Before the barrier of the total: after it the row may be overwritten.
+    float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
+    const Sums sums = block.total<kEntropy>(read_row<kEntropy>(x, vocab, scale), scale);
+    float divergence = 0.0f;
+    if (kDivergence) {
+      divergence = a.topk_ids ? topk_divergence(a, row, x, sums, in,
+                                                logprob_of(sums, target_logit, temperature))
+                              : full_divergence(a, row, x, sums, block);
+      // A NaN would stop no token: an id outside the vocabulary shows in the loss.
+      if (a.topk_ids && !(divergence == divergence)) target_logit = NAN;
+      __syncthreads();  // the row may be overwritten
+    }
+    const RowGradient c =
+        decide_row<kEntropy>(a, row, in, sums, target_logit, divergence, threadIdx.x == 0);
+    if (dx) write_row<kEntropy>(x, dx, vocab, in.target, c, 0, Span<T>(x, vocab).packs, true);
+  }
+}
+
+template <class T, bool kEntropy>
+__global__ void __launch_bounds__(kReadThreads, 4) row_stats(const StatsArgs a) {
+  DCPO_SHARED(shared);
+  BlockTotals block{reinterpret_cast<float4*>(shared)};
+  const int64_t vocab = a.shape.vocab;
+  const float temperature = a.shape.temperature, scale = kLog2E / temperature;
+  for (int64_t row = blockIdx.x; row < a.shape.rows; row += gridDim.x) {
+    float logprob = 0.0f, entropy = 0.0f, max = 0.0f, log_sum = 0.0f;
+    if (!a.counts || a.counts[row]) {
+      const T* x = row_of<const T>(a.logits, row);
+      const int64_t target = a.target_ids[row];
+      const float target_logit = in_vocabulary(target, vocab) ? widen(x[target]) : NAN;
+      const Sums sums = block.total<kEntropy>(read_row<kEntropy>(x, vocab, scale), scale);
+      logprob = logprob_of(sums, target_logit, temperature);
+      entropy = kEntropy ? entropy_of(sums) : 0.0f;
+      max = sums.max;
+      log_sum = log_sum_of(sums);
+    }
+    if (threadIdx.x == 0) {
+      a.logprobs[row] = logprob;
+      if (kEntropy) a.entropy[row] = entropy;
+      a.row_max[row] = max;
+      a.log_sum[row] = log_sum;
+    }
+  }
+}
+
+// A row in pieces of `piece` packs, each of one block. (With four blocks to a multiprocessor it
+// would spill.)
+template <class T>
+__global__ void __launch_bounds__(kReadThreads, 3)
+    row_gradient(const GradientArgs a, const int64_t pieces, const int64_t piece) {
+  const int64_t vocab = a.shape.vocab;
+  for (int64_t item = blockIdx.x; item < a.shape.rows * pieces; item += gridDim.x) {
+    const int64_t row = item / pieces, begin = item % pieces * piece;
+    const T* x = row_of<const T>(a.logits, row);
+    const int64_t target = a.target_ids[row], packs = Span<T>(x, vocab).packs;
+    const int64_t end = begin + piece < packs ? begin + piece : packs;
+    RowGradient c =
+        row_gradient_of<true>(a.g[row], a.h ? a.h[row] : 0.0f, a.row_max[row], a.log_sum[row],
+                              a.entropy ? a.entropy[row] : 0.0f, a.shape.temperature);
+    if (!in_vocabulary(target, vocab)) c.b = NAN;
+    write_row<true>(x, row_of<T>(a.gradient, row), vocab, target, c, begin, end, begin == 0);
+  }
+}
+
+// ---- launches -----------------------------------------------------------------------------------
+
+// Blocks of a persistent grid: what runs at once, and no more than there is work.
+template <class... P>
+int64_t persistent_blocks(PerDevice<int64_t>& cache, void (*kernel)(P...), int device, int threads,
+                          int64_t work) {
+  const int64_t most = cache.get(device, reinterpret_cast<const void*>(kernel), threads, [&] {
+    return static_cast<int64_t>(limits(device).multiprocessors) *
+           blocks_per_multiprocessor(kernel, threads, kPartBytes);
+  });
+  return most < work ? most : work;
+}
+PerDevice<int64_t> persistent;
+
+// Threads of a block that goes over a row twice: as many as find kUnroll packs each. One such block
+// to a multiprocessor keeps the rows in flight small enough for the second-level cache.
+int threads_for(int64_t row_bytes) {
+  int threads = kReadThreads;
+  while (threads < kMaxThreads && threads * 16 * kUnroll < row_bytes) threads *= 2;
+  return threads;
+}
+
+template <class T>
+void fused_with(const FusedArgs& args, int device, uintptr_t stream) {
+  const bool divergence = args.topk_ids || args.old_logits.data;
+  const auto kernel = divergence     ? fused_streaming<T, true, true>
+                      : args.entropy ? fused_streaming<T, true, false>
+                                     : fused_streaming<T, false, false>;
+  const int threads = args.gradient.data ? threads_for(args.shape.vocab * sizeof(T)) : kReadThreads;
+  const Grid grid{persistent_blocks(persistent, kernel, device, threads, args.shape.rows), threads,
+                  kPartBytes, 0};
+  Launcher(grid, stream).run("fused_streaming", kernel, args);
+}
+
+template <class T>
+void stats_with(const StatsArgs& args, int device, uintptr_t stream) {
+  const auto kernel = args.entropy ? row_stats<T, true> : row_stats<T, false>;
+  const Grid grid{persistent_blocks(persistent, kernel, device, kReadThreads, args.shape.rows),
+                  kReadThreads, kPartBytes, 0};
+  Launcher(grid, stream).run("row_stats", kernel, args);
+}
+
+template <class T>
+void gradient_with(const GradientArgs& args, int device, uintptr_t stream) {
+  const int64_t piece = kReadThreads * kUnroll * 2, packs = args.shape.vocab / kPack<T> + 1;
+  const int64_t pieces = (packs + piece - 1) / piece;
+  const Grid grid{persistent_blocks(persistent, row_gradient<T>, device, kReadThreads,
+                                    args.shape.rows * pieces),
+                  kReadThreads, kPartBytes, 0};
+  Launcher(grid, stream).run("row_gradient", row_gradient<T>, args, pieces, piece);
+}
+
+#define DCPO_FOR_DTYPE(function)                       \
+  switch (args.shape.dtype) {                          \
+    case kBFloat16:                                    \
+      return function<BFloat16>(args, device, stream); \
+    case kFloat16:                                     \
+      return function<Float16>(args, device, stream);  \
+    case kFloat32:                                     \
+      return function<float>(args, device, stream);    \
+  }
+
+}  // namespace
+
+void launch_streaming(const FusedArgs& args, int device,
+                      uintptr_t stream){DCPO_FOR_DTYPE(fused_with)}
+
+Plan cuda_plan(const FusedArgs& args, int device, int cluster) {
+  const int64_t size = args.shape.dtype == kFloat32 ? 4 : 2;
+  auto on_16_bytes = [size](const View& view) {
+    return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.row_stride * size % 16 == 0 &&
+           view.batch_stride * size % 16 == 0;
+  };
+  if (cluster == 0 || !args.gradient.data || args.topk_ids || args.old_logits.data ||
+      args.shape.vocab * size % 16 != 0 || !on_16_bytes(args.logits) || !on_16_bytes(args.gradient))
+    return {};
+  static PerDevice<Limits> cache;
+  const Limits gpu = cache.get(device, nullptr, 0, [device] { return limits(device); });
+  return cluster == kByTable ? choose_plan(args.shape.vocab * size, gpu.major, gpu.shared_bytes)
+                             : cluster_plan(args.shape.vocab * size, cluster, gpu.shared_bytes);
+}
+
+void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster) {
+  if (args.shape.rows == 0 || args.shape.vocab == 0) return;
+  DeviceGuard guard(device);
+  const Plan plan = cuda_plan(args, device, cluster);
+  if (plan.cluster > 0)
+    launch_cluster(args, plan, device, stream);
+  else
+    launch_streaming(args, device, stream);
+}
+
+void cuda_stats(const StatsArgs& args, int device, uintptr_t stream) {
+  if (args.shape.rows == 0 || args.shape.vocab == 0) return;
+  DeviceGuard guard(device);
+  DCPO_FOR_DTYPE(stats_with)
+}
+
+void cuda_gradient(const GradientArgs& args, int device, uintptr_t stream) {
+  if (args.shape.rows == 0 || args.shape.vocab == 0) return;
+  DeviceGuard guard(device);
+  DCPO_FOR_DTYPE(gradient_with)
+}
+
+#undef DCPO_FOR_DTYPE
+
+}  // namespace dcpo

@@ -1,0 +1,203 @@
+// Enough of CUDA to run the kernels of csrc/cuda on a CPU, for tests. Compile the .cu files as C++
+// with -DDCPO_EMU; kernels keep to what is listed here.
+//
+// Each CUDA thread is a fiber with a stack of its own. A fiber runs until it waits for others (a
+// barrier, a shuffle, an mbarrier); who runs next is drawn from a seed, whole warps being held back
+// at random, so that warps and blocks drift apart as they do on a GPU. The blocks of a cluster run
+// together, clusters one after the other. A round in which every thread waits in vain is reported
+// as a deadlock.
+//
+// With -DDCPO_EMU_THREADS each CUDA thread is a thread of the system instead, for ThreadSanitizer:
+// only what orders memory on a GPU then orders it here (a shuffle does not), so that a missing
+// barrier is a data race.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T x) {
+  *p = x;
+}
+
+namespace emu {
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+
+// ---- what a test sets ---------------------------------------------------------------------------
+
+struct Settings {
+  uint64_t seed = 0;
+  // The GPU that is pretended.
+  int major = 9, multiprocessors = 4;
+  size_t shared_bytes = 232448;
+};
+Settings& settings();
+
+// ---- threads ------------------------------------------------------------------------------------
+
+[[noreturn]] void fail(const char* what);  // ends the launch with std::runtime_error
+
+// Returns once `ready()` holds; other threads run meanwhile.
+void wait_until(const std::function<bool()>& ready, const char* what);
+
+// A draw that depends on the seed.
+bool coin();
+
+// All of `expected` threads come before any leaves.
+class Barrier {
+ public:
+  void expect(int threads) { expected_ = threads; }
+  unsigned arrive(bool orders_memory);
+  void wait(unsigned generation, bool orders_memory, const char* what);
+  void arrive_and_wait(bool orders_memory, const char* what) {
+    wait(arrive(orders_memory), orders_memory, what);
+  }
+
+ private:
+  int expected_ = 0;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> generation_{0};
+};
+
+struct Warp {
+  Barrier barrier;
+  std::atomic<uint32_t> lanes[2][32];  // what shuffles and votes exchange, in turn
+  std::atomic<int> fences[32];         // fence_async() less the groups of bulk stores so far
+};
+
+struct Block {
+  unsigned char* shared = nullptr;
+  unsigned rank = 0;  // in the cluster
+  Barrier barrier;
+  std::vector<Warp> warps;
+};
+
+struct Cluster {
+  Barrier barrier;
+  std::vector<Block> blocks;
+};
+
+// A copy whose time has not come.
+struct Copy {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+};
+
+struct Thread {
+  Dim thread_index, block_index;
+  Cluster* cluster = nullptr;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  int lane = 0;
+  unsigned turn = 0;                      // of the warp's exchanges
+  std::vector<std::vector<Copy>> stores;  // groups of bulk stores that have not read their source
+  std::vector<Copy> uncommitted;
+};
+
+Thread& self();
+const Dim& block_dim();
+const Dim& grid_dim();
+
+struct Grid {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  int cluster;
+};
+void launch(const Grid& grid, const std::function<void()>& kernel);
+
+// ---- a warp -------------------------------------------------------------------------------------
+
+// Every lane's bits, seen by every lane. Orders no memory.
+template <class Use>
+auto exchange(uint32_t bits, Use&& use) {
+  Thread& t = self();
+  auto& lanes = t.warp->lanes[t.turn++ % 2];
+  lanes[t.lane].store(bits, std::memory_order_relaxed);
+  t.warp->barrier.arrive_and_wait(false, "a shuffle or vote");
+  return use(lanes);
+}
+
+}  // namespace emu
+
+#define threadIdx (emu::self().thread_index)
+#define blockIdx (emu::self().block_index)
+#define blockDim (emu::block_dim())
+#define gridDim (emu::grid_dim())
+#define DCPO_SHARED(name) unsigned char* name = emu::self().block->shared
+
+// A test leaves a barrier out, to see that it would be missed.
+#if defined(DCPO_EMU_WITHOUT_SYNCWARP)
+inline void __syncwarp() {}
+#else
+inline void __syncwarp() { emu::self().warp->barrier.arrive_and_wait(true, "__syncwarp"); }
+#endif
+#if defined(DCPO_EMU_WITHOUT_SYNCTHREADS)
+inline void __syncthreads() {}
+#else
+inline void __syncthreads() { emu::self().block->barrier.arrive_and_wait(true, "__syncthreads"); }
+#endif
+
+inline float __shfl_sync(unsigned, float x, int lane) {
+  return emu::exchange(__float_as_uint(x),
+                       [&](auto& all) { return __uint_as_float(all[lane % 32].load()); });
+}
+inline float __shfl_xor_sync(unsigned mask, float x, int step) {
+  return __shfl_sync(mask, x, emu::self().lane ^ step);
+}
+inline uint32_t __ballot_sync(unsigned, bool vote) {
+  return emu::exchange(vote, [](auto& all) {
+    uint32_t ballot = 0;
+    for (int i = 0; i < 32; ++i) ballot |= all[i].load(std::memory_order_relaxed) << i;
+    return ballot;
+  });
+}

@@ -1,0 +1,629 @@
+"""Read, decide, write in Triton: the row kernels.
+
+A program owns a row; the grid is a few programs per multiprocessor, and each walks down the rows
+with the grid as its stride. A row is cut into tiles of BLOCK logits. All tiles but the last are
+swept without a mask. The last one is masked with -inf and stays in registers from the read to the
+write: a row of one tile is loaded once. Its other tiles are loaded a second time, the last ones
+first, out of the L2 cache (dcpo_kernels/backends/triton.py has the sizes that make them fit).
+
+A tile has three axes, [BLOCK / (LANES VECTOR), LANES, VECTOR]: a lane is a thread, a vector 16
+bytes. Only the middle axis crosses threads. So a lane keeps its own running maximum and sum (online
+softmax, arXiv 1805.02867), a sweep has no barrier, and the row is reduced over the lanes once, in a
+fixed order.
+"""
+
+import inspect
+
+import triton
+import triton.language as tl
+
+from dcpo_kernels import objectives
+from dcpo_kernels.kernels.objective import (
+    FULL_KL,
+    FULL_TV,
+    TOPK_KL,
+    TOPK_TV,
+    decide,
+    expm1,
+    topk_divergence,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum before any logit: -inf - -inf is NaN
+MAX_K = tl.constexpr(objectives.MAX_K)
+
+
+def kernel(function):
+    """triton.jit that compiles for a constexpr or a dtype, and never for a value: not for a 1, not
+    for a multiple of 16. What the layout allows is said by the constexprs ALIGNED and WHOLE."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=names)
+
+
+# ---- where things lie ---------------------------------------------------------------------------
+
+
+@triton.jit
+def row_of(x, row, per_batch, batch_stride, row_stride, ALIGNED: tl.constexpr):
+    """Pointer to the first logit of a row (backends/layout.py). The strides are 64-bit: a batch may
+    have more than 2^31 logits. ALIGNED: every row begins on 16 bytes."""
+    pointer = x + (row // per_batch * batch_stride + row % per_batch * row_stride)
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.constexpr_function
+def vector_size(dtype, aligned):
+    """Logits a load: 16 bytes of them, or one where rows begin anywhere."""
+    return 128 // dtype.primitive_bitwidth if aligned else 1
+
+
+@triton.jit
+def whole(vocab, VECTOR: tl.constexpr, WHOLE: tl.constexpr):
+    """The vocabulary's size; WHOLE: it is a multiple of VECTOR, and the compiler learns so."""
+    return vocab // VECTOR * VECTOR if WHOLE else vocab
+
+
+@triton.jit
+def tile_columns(BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a tile in two parts: where a lane begins [1, LANES, 1], and the steps from there
+    [.., 1, VECTOR], which are constants to a thread. Added up before they are used as offsets or
+    compared, they would be a register an element, and spill."""
+    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
+    vector = tl.arange(0, BLOCK // (LANES * VECTOR))[:, None, None] * (LANES * VECTOR)
+    return lane, vector + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def last_tile(vocab, BLOCK: tl.constexpr):
+    """First column of the last tile, which is never empty."""
+    return (vocab - 1) // BLOCK * BLOCK
+
+
+@triton.jit
+def load_last(x, lane, step, vocab, BLOCK: tl.constexpr):
+    last = last_tile(vocab, BLOCK)
+    here = step < vocab - last - lane
+    return tl.load(
+        x + last + lane + step, mask=here, other=float("-inf"), eviction_policy="evict_first"
+    )
+
+
+@triton.jit
+def target_of(x, target, vocab):
+    """The target's column and logit: 0 and NaN for an id outside the vocabulary, so that the row's
+    loss and gradient are NaN and nothing is read out of bounds."""
+    valid = (target >= 0) & (target < vocab)
+    target = tl.where(valid, target, 0).to(tl.int32)
+    return target, tl.load(x + target, mask=valid, other=float("nan")).to(tl.float32)
+
+
+# ---- read ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def lane_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def accumulate(x, most, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
+    """A tile of logits into each lane's max, sum e^(z - max) and sum e^(z - max) (z - max) / ln 2.
+    A NaN goes into the sums; the maxima ignore it."""
+    x = x.to(tl.float32)
+    higher = tl.maximum(most, tl.max(tl.max(x, 2), 0))
+    # 2^-127 is as good as 0; held there, the -inf of a lane without a logit meets no 0.
+    shift = tl.maximum((most - higher) * scale, -127.0)
+    factor = tl.exp2(shift)
+    y = (x - higher[None, :, None]) * scale
+    e = tl.exp2(y)
+    if WITH_ENTROPY:
+        weighted = factor * (weighted + total * shift) + lane_sum(e * tl.maximum(y, -127.0))
+    return higher, factor * total + lane_sum(e), weighted
+
+
+@triton.jit
+def read_row(
+    x,
+    lane,
+    step,
+    vocab,
+    temperature,
+    BLOCK: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    AGAIN: tl.constexpr,  # the row is going to be read again, its tiles should stay in L2
+):
+    """max x, log sum e^((x - max x) / T), the entropy, and the last tile. Maximum and log-sum stay
+    apart: added up, a row shifted by 1e4 would lose four digits."""
+    LANES: tl.constexpr = lane.shape[1]
+    POLICY: tl.constexpr = "evict_last" if AGAIN else "evict_first"
+    scale = LOG2E / temperature
+    most = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
+    for start in range(0, last_tile(vocab, BLOCK), BLOCK):
+        tile = tl.load(x + start + lane + step, eviction_policy=POLICY)
+        most, total, weighted = accumulate(tile, most, total, weighted, scale, WITH_ENTROPY)
+    last = load_last(x, lane, step, vocab, BLOCK)
+    most, total, weighted = accumulate(last, most, total, weighted, scale, WITH_ENTROPY)
+
+    row_max = tl.max(most, 0)
+    shift = tl.maximum((most - row_max) * scale, -127.0)
+    factor = tl.exp2(shift)
+    row_total = tl.sum(total * factor, 0)
+    row_max = tl.where(row_total == 0, float("-inf"), row_max)  # nothing but -inf
+    log_sum = tl.log(row_total)
+    entropy = 0.0
+    if WITH_ENTROPY:
+        entropy = log_sum - LN2 * tl.sum(factor * (weighted + total * shift), 0) / row_total
+    return row_max, log_sum, entropy, last
+
+
+# ---- write --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gradient_of_tile(
+    x, is_target, entry, row_max, offset, scale, a, b, WITH_ENTROPY_TERM: tl.constexpr
+):
+    y = (x.to(tl.float32) - row_max) * scale - offset  # log2 p
+    p = tl.exp2(y)
+    # dx = p (b + a log2 p); held at -127, a p of 0 meets no -inf
+    tile = p * (b + a * tl.maximum(y, -127.0)) if WITH_ENTROPY_TERM else p * b
+    return tl.where(is_target, entry, tile)
+
+
+@triton.jit
+def write_row(
+    x,
+    dx,  # may be x
+    last,  # its last tile
+    lane,
+    step,
+    vocab,
+    target,
+    x_target,
+    row_max,
+    log_sum,
+    entropy,
+    g,
+    h,
+    temperature,
+    BLOCK: tl.constexpr,
+    WITH_ENTROPY_TERM: tl.constexpr,
+):
+    """dx_j = 1/T [g (1[j = y] - p_j) - h p_j (log p_j + H)], formed in float32, each entry stored
+    once."""
+    scale = LOG2E / temperature
+    offset = log_sum * LOG2E
+    # 1 - p from expm1: nothing is left of it in float32 where p is near 1.
+    logprob = (x_target - row_max) / temperature - log_sum
+    entry = g * -expm1(logprob)
+    a = 0.0
+    b = -g / temperature
+    if WITH_ENTROPY_TERM:
+        p = tl.exp(logprob)
+        entry -= h * tl.where(p == 0, 0.0, p * (logprob + entropy))
+        a = -h * LN2 / temperature
+        b -= h * entropy / temperature
+    entry /= temperature
+
+    end = last_tile(vocab, BLOCK)
+    here = step < vocab - end - lane
+    last = gradient_of_tile(
+        last, step == target - end - lane, entry, row_max, offset, scale, a, b, WITH_ENTROPY_TERM
+    )
+    tl.store(
+        dx + end + lane + step,
+        last.to(dx.dtype.element_ty),
+        mask=here,
+        eviction_policy="evict_first",
+    )
+    for done in range(0, end, BLOCK):
+        start = end - BLOCK - done
+        tile = tl.load(x + start + lane + step, eviction_policy="evict_first")
+        tile = gradient_of_tile(
+            tile,
+            step == target - start - lane,
+            entry,
+            row_max,
+            offset,
+            scale,
+            a,
+            b,
+            WITH_ENTROPY_TERM,
+        )
+        tl.store(
+            dx + start + lane + step, tile.to(dx.dtype.element_ty), eviction_policy="evict_first"
+        )
+
+
+@triton.jit
+def zero_row(dx, lane, step, vocab, BLOCK: tl.constexpr):
+    zeros = tl.zeros([step.shape[0], lane.shape[1], step.shape[2]], dx.dtype.element_ty)
+    last = last_tile(vocab, BLOCK)
+    for start in range(0, last, BLOCK):
+        tl.store(dx + start + lane + step, zeros, eviction_policy="evict_first")
+    here = step < vocab - last - lane
+    tl.store(dx + last + lane + step, zeros, mask=here, eviction_policy="evict_first")
+
+
+# ---- divergence from the whole row of another policy --------------------------------------------
+
+
+@triton.jit
+def divergence_of_tile(
+    x, old, row_max, offset, old_max, old_offset, scale, DIVERGENCE: tl.constexpr
+):
+    """Each lane's part of sum |p - q|, or of sum q (log2 q - log2 p)."""
+    log_p = (x.to(tl.float32) - row_max) * scale - offset
+    log_q = (old.to(tl.float32) - old_max) * scale - old_offset
+    q = tl.exp2(log_q)
+    if DIVERGENCE == FULL_TV:
+        return lane_sum(tl.abs(tl.exp2(log_p) - q))
+    return lane_sum(tl.where(q == 0, 0.0, q * (log_q - log_p)))  # 0 (-inf + inf) is NaN
+
+
+@triton.jit
+def full_divergence(
+    x,
+    last,
+    row_max,
+    log_sum,
+    old_x,
+    lane,
+    step,
+    vocab,
+    temperature,
+    BLOCK: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """TV, or KL(q || p), over the vocabulary (DPPO section 4), q from a row of old logits."""
+    scale = LOG2E / temperature
+    offset = log_sum * LOG2E
+    old_max, old_log_sum, _, old_last = read_row(
+        old_x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY=False, AGAIN=True
+    )
+    old_offset = old_log_sum * LOG2E
+    parts = divergence_of_tile(
+        last, old_last, row_max, offset, old_max, old_offset, scale, DIVERGENCE
+    )
+    end = last_tile(vocab, BLOCK)
+    for done in range(0, end, BLOCK):
+        at = end - BLOCK - done + lane + step
+        tile = tl.load(x + at, eviction_policy="evict_last")
+        old = tl.load(old_x + at, eviction_policy="evict_first")
+        parts += divergence_of_tile(
+            tile, old, row_max, offset, old_max, old_offset, scale, DIVERGENCE
+        )
+    return tl.sum(parts, 0) * (0.5 if DIVERGENCE == FULL_TV else LN2)
+
+
+# ---- the kernels --------------------------------------------------------------------------------
+
+
+@kernel
+def fused(
+    logits,
+    gradient,  # may be logits; None: read and decide only
+    old_logits,
+    target_ids,
+    old_logprobs,
+    advantages,
+    weights,
+    ref_logprobs,
+    importance_weights,
+    topk_ids,
+    topk_logprobs,
+    token_loss,
+    logprobs,
+    entropies,
+    ratio,
+    clipped,
+    rows: tl.int32,
+    vocab: tl.int32,
+    k: tl.int64,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    gradient_batch_stride: tl.int64,
+    gradient_row_stride: tl.int64,
+    old_batch_stride: tl.int64,
+    old_row_stride: tl.int64,
+    temperature: tl.float32,
+    eps_low: tl.float32,
+    eps_high: tl.float32,
+    ratio_max: tl.float32,
+    ratio_cap: tl.float32,
+    limit_low: tl.float32,
+    limit_high: tl.float32,
+    kl_coef: tl.float32,
+    entropy_coef: tl.float32,
+    SURROGATE: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    WITH_KL: tl.constexpr,
+    WITH_ENTROPY_TERM: tl.constexpr,
+    SKIP_ZERO_ADVANTAGE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Read, decide, write. Memory traffic a logit in bf16: 2 bytes read and 2 written; a row whose
+    gradient is 0, 2 and 2 zeros; a row that does not count, 2 zeros. A full divergence reads 2 more
+    of the old row."""
+    VECTOR: tl.constexpr = vector_size(logits.dtype.element_ty, ALIGNED)
+    WITH_ENTROPY: tl.constexpr = entropies is not None
+    TOPK: tl.constexpr = DIVERGENCE == TOPK_TV or DIVERGENCE == TOPK_KL
+    FULL: tl.constexpr = DIVERGENCE == FULL_TV or DIVERGENCE == FULL_KL
+    lane, step = tile_columns(BLOCK, LANES, VECTOR)
+    vocab = whole(vocab, VECTOR, WHOLE)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        weight = tl.load(weights + row)
+        advantage = tl.load(advantages + row)
+        reads = weight != 0
+        if SKIP_ZERO_ADVANTAGE and not WITH_KL and not WITH_ENTROPY_TERM:
+            reads = reads & (advantage != 0)
+        if reads:
+            # Single logits are fetched before the row is reduced: the reduction has a barrier, and
+            # after it the gradient may overwrite them.
+            x = row_of(logits, row, per_batch, batch_stride, row_stride, ALIGNED)
+            target, x_target = target_of(x, tl.load(target_ids + row), vocab)
+            if TOPK:
+                places = tl.arange(0, 2 * MAX_K)
+                given = places < k
+                at = row * k + places
+                ids = tl.load(topk_ids + at, mask=given, other=-1)
+                # the sampled token takes the next place, unless it is listed
+                sampled = (places == k) & (tl.sum((ids == target).to(tl.int32), 0) == 0)
+                inside = (ids >= 0) & (ids < vocab)
+                outside = tl.sum((given & ~inside).to(tl.int32), 0) > 0
+                x_target = tl.where(outside, float("nan"), x_target)
+                x_listed = tl.load(x + ids, mask=inside, other=float("-inf")).to(tl.float32)
+                x_listed = tl.where(sampled, x_target, x_listed)
+
+            row_max, log_sum, entropy, last = read_row(
+                x,
+                lane,
+                step,
+                vocab,
+                temperature,
+                BLOCK,
+                WITH_ENTROPY,
+                AGAIN=FULL or gradient is not None,
+            )
+
+            logprob = (x_target - row_max) / temperature - log_sum
+            old_logprob = tl.load(old_logprobs + row)
+            importance = 1.0
+            if importance_weights is not None:
+                importance = tl.load(importance_weights + row)
+            ref_logprob = 0.0
+            if ref_logprobs is not None:
+                ref_logprob = tl.load(ref_logprobs + row)
+            divergence = 0.0
+            if TOPK:
+                new = (x_listed - row_max) / temperature - log_sum
+                old = tl.load(topk_logprobs + at, mask=given, other=float("-inf"))
+                divergence = topk_divergence(new, tl.where(sampled, old_logprob, old), DIVERGENCE)
+            if FULL:
+                old_x = row_of(
+                    old_logits, row, per_batch, old_batch_stride, old_row_stride, ALIGNED
+                )
+                divergence = full_divergence(
+                    x,
+                    last,
+                    row_max,
+                    log_sum,
+                    old_x,
+                    lane,
+                    step,
+                    vocab,
+                    temperature,
+                    BLOCK,
+                    DIVERGENCE,
+                )
+            loss, g, h, r, code = decide(
+                logprob,
+                old_logprob,
+                advantage,
+                importance,
+                ref_logprob,
+                entropy,
+                divergence,
+                eps_low,
+                eps_high,
+                ratio_max,
+                ratio_cap,
+                limit_low,
+                limit_high,
+                kl_coef,
+                entropy_coef,
+                SURROGATE,
+                DIVERGENCE,
+                WITH_KL,
+                WITH_ENTROPY_TERM,
+            )
+            tl.store(token_loss + row, loss)
+            tl.store(logprobs + row, logprob)
+            if WITH_ENTROPY:
+                tl.store(entropies + row, entropy)
+            tl.store(ratio + row, r)
+            tl.store(clipped + row, code)
+
+            if gradient is not None:
+                dx = row_of(
+                    gradient, row, per_batch, gradient_batch_stride, gradient_row_stride, ALIGNED
+                )
+                g *= weight
+                h *= weight
+                if (g == 0) & (h == 0):
+                    zero_row(dx, lane, step, vocab, BLOCK)
+                else:
+                    write_row(
+                        x,
+                        dx,
+                        last,
+                        lane,
+                        step,
+                        vocab,
+                        target,
+                        x_target,
+                        row_max,
+                        log_sum,
+                        entropy,
+                        g,
+                        h,
+                        temperature,
+                        BLOCK,
+                        WITH_ENTROPY_TERM,
+                    )
+        else:
+            tl.store(token_loss + row, 0.0)
+            tl.store(logprobs + row, 0.0)
+            if WITH_ENTROPY:
+                tl.store(entropies + row, 0.0)
+            tl.store(ratio + row, 1.0)
+            tl.store(clipped + row, 0)
+            if gradient is not None:
+                dx = row_of(
+                    gradient, row, per_batch, gradient_batch_stride, gradient_row_stride, ALIGNED
+                )
+                zero_row(dx, lane, step, vocab, BLOCK)
+
+
+@kernel
+def row_stats(
+    logits,
+    target_ids,
+    counts,  # None: every row counts
+    logprobs,
+    entropies,
+    row_maxima,
+    log_sums,
+    rows: tl.int32,
+    vocab: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    temperature: tl.float32,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The read alone. Memory traffic a logit in bf16: 2 bytes read."""
+    VECTOR: tl.constexpr = vector_size(logits.dtype.element_ty, ALIGNED)
+    WITH_ENTROPY: tl.constexpr = entropies is not None
+    lane, step = tile_columns(BLOCK, LANES, VECTOR)
+    vocab = whole(vocab, VECTOR, WHOLE)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        logprob, entropy, row_max, log_sum = 0.0, 0.0, 0.0, 0.0
+        reads = True
+        if counts is not None:
+            reads = tl.load(counts + row) != 0
+        if reads:
+            x = row_of(logits, row, per_batch, batch_stride, row_stride, ALIGNED)
+            _, x_target = target_of(x, tl.load(target_ids + row), vocab)
+            row_max, log_sum, entropy, _ = read_row(
+                x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY, AGAIN=False
+            )
+            logprob = (x_target - row_max) / temperature - log_sum
+        tl.store(logprobs + row, logprob)
+        if WITH_ENTROPY:
+            tl.store(entropies + row, entropy)
+        tl.store(row_maxima + row, row_max)
+        tl.store(log_sums + row, log_sum)
+
+
+@kernel
+def row_gradient(
+    logits,
+    gradient,  # may be logits
+    target_ids,
+    row_maxima,
+    log_sums,
+    entropies,
+    gs,
+    hs,  # None: no entropy term
+    rows: tl.int32,
+    vocab: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    gradient_batch_stride: tl.int64,
+    gradient_row_stride: tl.int64,
+    temperature: tl.float32,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The write alone. Memory traffic a logit in bf16: 2 bytes read and 2 written; where g and h
+    are 0, 2 zeros."""
+    VECTOR: tl.constexpr = vector_size(logits.dtype.element_ty, ALIGNED)
+    lane, step = tile_columns(BLOCK, LANES, VECTOR)
+    vocab = whole(vocab, VECTOR, WHOLE)
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        g = tl.load(gs + row)
+        h, entropy = 0.0, 0.0
+        if hs is not None:
+            h = tl.load(hs + row)
+            entropy = tl.load(entropies + row)
+        dx = row_of(gradient, row, per_batch, gradient_batch_stride, gradient_row_stride, ALIGNED)
+        if (g == 0) & (h == 0):
+            zero_row(dx, lane, step, vocab, BLOCK)
+        else:
+            x = row_of(logits, row, per_batch, batch_stride, row_stride, ALIGNED)
+            target, x_target = target_of(x, tl.load(target_ids + row), vocab)
+            g = tl.where(x_target == x_target, g, x_target)  # NaN for an id outside
+            # No thread may overwrite the target's logit before all have it.
+            tl.debug_barrier()
+            write_row(
+                x,
+                dx,
+                load_last(x, lane, step, vocab, BLOCK),
+                lane,
+                step,
+                vocab,
+                target,
+                x_target,
+                tl.load(row_maxima + row),
+                tl.load(log_sums + row),
+                entropy,
+                g,
+                h,
+                temperature,
+                BLOCK,
+                hs is not None,
+            )
+
+
+@kernel
+def scale(
+    x,
+    factor,
+    rows: tl.int32,
+    vocab: tl.int32,
+    per_batch: tl.int32,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """x *= factor in place, nothing for a factor of 1, which is read where it lies."""
+    VECTOR: tl.constexpr = vector_size(x.dtype.element_ty, ALIGNED)
+    lane, step = tile_columns(BLOCK, LANES, VECTOR)
+    vocab = whole(vocab, VECTOR, WHOLE)
+    factor = tl.load(factor).to(tl.float32)
+    if factor != 1:
+        for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+            row_x = row_of(x, row, per_batch, batch_stride, row_stride, ALIGNED)
+            for start in range(0, vocab, BLOCK):
+                at = row_x + start + lane + step
+                here = step < vocab - start - lane
+                tile = tl.load(at, mask=here, other=0.0).to(tl.float32)
+                tl.store(at, (tile * factor).to(x.dtype.element_ty), mask=here)

@@ -1,0 +1,165 @@
+"""Compiles what backend="triton" would run, for GPUs that aren't here, and prints what came of it.
+
+`python tests/aot.py sm_90 core` (or all) prints a JSON list, one entry a compiled kernel. Every
+entry went through the operator and the launcher, so it has the constants, block and warps that a
+GPU would get.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gpuless
+import torch
+import triton
+
+import dcpo_kernels as dk
+from dcpo_kernels import ops
+from dcpo_kernels.backends import triton as backend
+from dcpo_kernels.objectives import DIVERGENCES, SURROGATES, Objective, kernel_arguments
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Five surrogates and six divergences: what "decide" and the row kernel are compiled for.
+OBJECTIVES = {
+    **{name: Objective(name, surrogate=name) for name in SURROGATES},
+    **{name: dk.dppo(name) for name in DIVERGENCES if name != "none"},
+}
+SEVERAL_TILES, ONE_TILE, SMALL, ODD = 151936, 32000, 1000, 50257
+
+
+def call_fused(
+    objective: Objective, dtype: str, vocab: int, extras: bool = False, gradient: bool = True
+) -> None:
+    logits = torch.zeros(1, vocab, dtype=DTYPES[dtype])
+    ids, row = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    if extras:
+        objective = Objective(**{**vars(objective), "kl_coef": 0.1, "entropy_coef": 0.1})
+    topk = torch.zeros(1, 20) if objective.needs_topk else None
+    ops.fused(
+        *(logits, ids, row, row, row),
+        *((row, row) if extras else (None, None)),
+        *(None if topk is None else topk.long(), topk),
+        logits if objective.needs_old_logits else None,
+        *kernel_arguments(objective),
+        *(1.0, extras, True, gradient, "triton"),
+    )
+
+
+def call_stats(dtype: str, vocab: int, entropy: bool) -> None:
+    logits = torch.zeros(1, vocab, dtype=DTYPES[dtype])
+    ids = torch.zeros(1, dtype=torch.int64)
+    ops.row_stats(logits, ids, ids != 1 if entropy else None, 1.0, entropy, "triton")
+
+
+def call_gradient(dtype: str, vocab: int, entropy: bool) -> None:
+    logits = torch.zeros(1, vocab, dtype=DTYPES[dtype])
+    ids, row = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    h = row if entropy else None
+    ops.row_gradient(logits, ids, row, row, row, row, h, 1.0, "triton")
+
+
+def call_scale(dtype: str, vocab: int) -> None:
+    ops.scale_(torch.zeros(1, vocab, dtype=DTYPES[dtype]), torch.ones(()), "triton")
+
+
+def variants(which: str) -> list[tuple[str, Any, tuple]]:
+    dcpo = OBJECTIVES["dynamic-clip"]
+    calls = [(call_fused, (dcpo, dtype, SEVERAL_TILES, True)) for dtype in DTYPES]
+    calls += [(call_fused, (OBJECTIVES["kl"], dtype, SEVERAL_TILES, True)) for dtype in DTYPES]
+    calls += [(call_stats, (dtype, SEVERAL_TILES, True)) for dtype in ("bf16", "fp32")]
+    calls += [(call_gradient, (dtype, SEVERAL_TILES, True)) for dtype in ("bf16", "fp32")]
+    calls += [(call_scale, (dtype, SEVERAL_TILES)) for dtype in ("bf16", "fp32")]
+    if which == "all":
+        calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in OBJECTIVES.values()]
+        calls += [(call_fused, (dcpo, dtype, SEVERAL_TILES)) for dtype in ("fp16", "fp32")]
+        calls += [(call_fused, (dcpo, "bf16", vocab)) for vocab in (SMALL, 7000, ODD)]
+        calls += [(call_fused, (dcpo, "bf16", SEVERAL_TILES, False, False))]
+        calls += [(call_stats, ("fp16", vocab, False)) for vocab in (SEVERAL_TILES, SMALL, ODD)]
+        calls += [(call_gradient, ("fp16", vocab, False)) for vocab in (SEVERAL_TILES, SMALL, ODD)]
+        calls += [(call_scale, ("fp16", vocab)) for vocab in (SMALL, ODD)]
+    return calls
+
+
+def facts_of(compiled) -> dict[str, Any]:
+    """What the assembler says of a kernel: loads and stores by width, float64, registers, "
+    "spills."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tools / tool, *rest, file.name], capture_output=True, text=True).stdout
+            for tool, rest in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
+        )
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    operations = re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", sass)
+    assert numbers and operations
+
+    def count(pattern):
+        return sum(bool(re.match(pattern, operation)) for operation in operations)
+
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "spills": count(r"(LDL|STL)\b"),
+        "wide_loads": count(r"LDG\b.*\.128$"),
+        "other_loads": count(r"LDG\b(?!.*\.128$)"),
+        "wide_stores": count(r"STG\b.*\.128$"),
+        "other_stores": count(r"STG\b(?!.*\.128$)"),
+        "float64": count(r"D(ADD|MUL|FMA|SETP|MNMX)\b|.*F64") + compiled.asm["ptx"].count(".f64"),
+        "instructions": len(operations),
+    }
+
+
+def compile_all(which: str) -> list[dict[str, Any]]:
+    facts = []
+    for call, arguments in variants(which):
+        before = set(backend._compiled)
+        call(*arguments)
+        (key,) = set(backend._compiled) - before or {None}
+        if key is None:  # another objective of the same kind
+            continue
+        shown = [getattr(a, "name", a) for a in arguments]
+        if isinstance(arguments[0], Objective) and arguments[0].divergence != "none":
+            shown[0] = arguments[0].divergence
+        name, _, _, constants, _ = key
+        facts.append(
+            {
+                "kernel": name,
+                "of": shown,
+                "aligned": constants[-4],
+                "vectors": constants[-2] * arguments_size(arguments) // (16 * constants[-1]),
+                "compiled": backend._compiled[key],
+            }
+        )
+    return facts
+
+
+def arguments_size(arguments: tuple) -> int:
+    return next(DTYPES[a].itemsize for a in arguments if isinstance(a, str) and a in DTYPES)
+
+
+if __name__ == "__main__":
+    arch, which = sys.argv[1:]
+    if arch == "gfx942":
+        torch.version.hip = "6.0"
+        gpuless.use("hip", arch, 64)
+        entries = compile_all(which)
+        for entry in entries:
+            assembly = entry.pop("compiled").asm["amdgcn"]
+            entry["float64"] = assembly.count("_f64")
+            entry["wide_loads"] = assembly.count("load_dwordx4")
+            entry["wide_stores"] = assembly.count("store_dwordx4")
+    else:
+        gpuless.use("cuda", int(arch.removeprefix("sm_")), 32)
+        entries = compile_all(which)
+        for entry in entries:
+            entry |= facts_of(entry.pop("compiled"))
+    print(json.dumps(entries))

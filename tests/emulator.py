@@ -1,0 +1,96 @@
+"""Builds csrc/cuda for a CPU (csrc/emu), and makes backend="cuda" run there.
+
+Kept under build/ until a source changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+KERNELS = ("cuda/streaming.cu", "cuda/fused_cluster.cu", "cuda/scale.cu")
+COMMON = (*KERNELS, "emu/cuda.cpp", "emu/hopper.cpp")
+STRESS = (*COMMON, "emu/stress.cpp", "cpu/rows_portable.cpp")
+MODULE = (*COMMON, "emu/module.cpp", "cuda/bind.cpp")
+
+
+def build(name: str, sources: tuple[str, ...], *flags: str) -> Path:
+    """A program, or with -shared a module, of these sources."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here to build the emulated kernels with")
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
+        digest.update(path.read_bytes())
+    builds = ROOT / "build" / "emulator"
+    current = builds / digest.hexdigest()[:16]
+    for old in builds.glob("*"):
+        if old != current:
+            shutil.rmtree(old, ignore_errors=True)
+    folder = current / ("-".join(flag.lstrip("-") for flag in flags) or "plain")
+    target = folder / name
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    include = [f"-I{path}" for path in (CSRC, pybind11.get_include())]
+    include += [f"-I{sysconfig.get_path('include')}"]
+    # Contraction would give lanes what no GPU does, and the sanitizers want line numbers.
+    options = ["-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
+    options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DDCPO_EMU"]
+
+    def compiled(source: str) -> Path:
+        object_ = folder / (source.replace("/", "-") + ".o")
+        if not object_.exists():
+            command = ["g++", *options, *flags, *include, "-x", "c++", "-c", str(CSRC / source)]
+            partial = object_.with_suffix(".tmp")
+            subprocess.run([*command, "-o", str(partial)], check=True)
+            partial.rename(object_)
+        return object_
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources))
+    partial = target.with_suffix(".tmp")
+    subprocess.run(
+        ["g++", *flags, *map(str, objects), "-pthread", "-o", str(partial)]
+        + (["-shared"] if name.endswith(".so") else []),
+        check=True,
+    )
+    partial.rename(target)
+    return target
+
+
+@functools.cache
+def module() -> ModuleType:
+    path = build("_emu.so", MODULE)
+    spec = importlib.util.spec_from_file_location("_emu", path)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def install(patch: pytest.MonkeyPatch) -> ModuleType:
+    """For as long as `patch` lasts backend="cuda" takes CPU tensors and runs in the emulator."""
+    from dcpo_kernels import backends
+    from dcpo_kernels.backends import cuda
+
+    emulated = module()
+    emulated.set()
+    patch.setattr(cuda, "_C", emulated)
+    patch.setattr(cuda, "_where", lambda x: {"device": 0, "stream": 0})
+    candidates = {**backends._CANDIDATES, "cpu": (*backends._CANDIDATES["cpu"], "cuda")}
+    patch.setattr(backends, "_CANDIDATES", candidates)
+    patch.setattr(cuda, "unavailable", lambda device: "")
+    backends.unavailable.cache_clear()
+    return emulated

@@ -1,0 +1,154 @@
+"""On a GPU: both backends against float64, CUDA graphs, streams, errors that must not happen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import DTYPES, LAYOUTS, OBJECTIVES, Problem, assert_matches, problem
+
+import dcpo_kernels as dk
+from dcpo_kernels import backends, ops
+from dcpo_kernels.backends import cuda
+from dcpo_kernels.objectives import kernel_arguments
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request):
+    reason = backends.unavailable(request.param, "cuda")
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+def on_gpu(p: Problem) -> Problem:
+    arguments = {
+        key: value.cuda() if isinstance(value, torch.Tensor) else value
+        for key, value in p.arguments.items()
+    }
+    return Problem(p.base.cuda(), p.view, arguments)
+
+
+def check(p: Problem, backend: str, **options) -> None:
+    out, gradient = on_gpu(p).run(backend=backend, **options)
+    on_cpu = (x if x is None else x.cpu() for x in out)
+    assert_matches(p, (dk.PolicyLoss(*on_cpu), gradient.cpu()), p.oracle())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_and_layouts(name, layout, dtype, backend):
+    p = problem(OBJECTIVES[name](), layout=layout, dtype=dtype, vocab=1003, temperature=0.8)
+    check(p, backend)
+    if layout != "row-stride":
+        check(p, backend, inplace=True)
+
+
+# Real vocabularies, odd ones, and rows for each way to run: streaming, clusters of 1, 2, 4, 8.
+@pytest.mark.parametrize("vocab", [8192, 32000, 50257, 128256, 151936, 151937])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
+def test_vocabularies(vocab, dtype, inplace, backend):
+    objective = dk.dcpo(kl_coef=0.02, entropy_coef=0.01)
+    check(problem(objective, dtype=dtype, vocab=vocab), backend, inplace=inplace)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 4, 8])
+@pytest.mark.parametrize("vocab", [16896, 33280, 66560, 131088])
+def test_cluster_sizes(vocab, blocks, monkeypatch):
+    if reason := backends.unavailable("cuda", "cuda"):
+        pytest.skip(reason)
+    monkeypatch.setattr(cuda, "cluster", blocks)
+    p = problem(dk.dcpo(entropy_coef=0.01), dtype=torch.bfloat16, vocab=vocab)
+    check(p, "cuda")
+
+
+def rows(count: int, vocab: int):
+    draw = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(count, vocab, device="cuda", generator=draw).bfloat16()
+    ids = torch.randint(0, vocab, (count,), device="cuda", generator=draw)
+    old, advantages = torch.randn(2, count, device="cuda", generator=draw)
+    weights = torch.full((count,), 1 / count, device="cuda")
+    objective = kernel_arguments(dk.dcpo())
+    rest = (ids, old - 10, advantages, weights, *[None] * 5, *objective, 1.0, True, False)
+    return logits, rest
+
+
+@pytest.mark.parametrize("vocab", [1003, 32000, 151936])
+def test_same_bits_in_any_batch_stream_and_run(vocab, backend):
+    logits, rest = rows(200, vocab)
+    wanted = ops.fused(logits, *rest, True, backend)
+    part = tuple(x[50:90] if isinstance(x, torch.Tensor) else x for x in rest)
+    queue = torch.cuda.Stream()
+    queue.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(queue):
+        again = ops.fused(logits, *rest, True, backend)
+        some = ops.fused(logits[50:90], *part, True, backend)
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, wanted, again))
+    assert all(torch.equal(x[50:90], y) for x, y in zip(wanted, some, strict=True))
+
+
+@pytest.mark.parametrize("vocab", [1003, 32000, 151936])
+def test_captured_in_a_graph(vocab, backend):
+    logits, rest = rows(100, vocab)
+    ops.fused(logits, *rest, True, backend)  # Triton compiles at the first use
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        static = ops.fused(logits, *rest, True, backend)
+    logits.mul_(-0.5)
+    captured.replay()
+    assert all(map(torch.equal, static, ops.fused(logits, *rest, True, backend)))
+
+
+def test_no_sync(backend):
+    logits, rest = rows(64, 32000)
+    ops.fused(logits, *rest, True, backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        *_, gradient = ops.fused(logits, *rest, True, backend)
+        ops.scale_(gradient, torch.ones((), device="cuda"), backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("vocab", [1003, 32000])
+def test_an_id_out_of_range_makes_its_row_nan(vocab, backend):
+    logits, (ids, *rest) = rows(64, vocab)
+    ids[[3, 9]] = torch.tensor([vocab, -1], device="cuda")
+    token_loss, *_, gradient = ops.fused(logits, ids, *rest, True, backend)
+    bad = torch.zeros(64, dtype=torch.bool, device="cuda")
+    bad[[3, 9]] = True
+    assert torch.equal(token_loss.isnan(), bad)
+    assert torch.equal(gradient.isnan().all(-1), bad) and gradient[~bad].isfinite().all()
+
+
+def test_more_than_2_to_the_31_logits(backend):
+    vocab, count = 32000, 70_000  # 4.5 GB; also more rows than a grid's second axis has
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of GPU memory")
+    logits, rest = rows(1000, vocab)
+    wanted = ops.fused(logits, *rest, True, backend)
+    many = logits.repeat(count // 1000, 1)
+    repeated = tuple(x.repeat(count // 1000) if isinstance(x, torch.Tensor) else x for x in rest)
+    found = ops.fused_(many, *repeated, backend)
+    for x, y in zip(wanted, found, strict=False):
+        assert torch.equal(x.repeat(count // 1000), y)
+    assert torch.equal(many[-1000:], wanted[-1])
+
+
+def test_a_cuda_error_is_an_exception():
+    if reason := backends.unavailable("cuda", "cuda"):
+        pytest.skip(reason)
+    x = torch.ones(4, device="cuda")
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        cuda._C.cuda_scale(
+            rows=1, vocab=4, dtype=2, x=x.data_ptr(), strides=(1, 0, 0), scale=x.data_ptr(),
+            device=1000, stream=0,
+        )  # fmt: skip
+    assert (x * 2 == 2).all()  # and the context is as it was

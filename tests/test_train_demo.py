@@ -1,0 +1,147 @@
+"""`dcpo demo` from end to end, with sizes that take seconds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from train_world import TOKENIZER
+
+from dcpo_kernels.train import demo, read_problems
+from dcpo_kernels.train.arithmetic import LARGEST, STYLES, as_problems, make_sums
+from dcpo_kernels.train.loop import read_metrics
+from dcpo_kernels.train.rewards import boxed_answer
+from dcpo_kernels.train.rollout import decode, encode
+
+TINY = [
+    "--warmup-problems=64",
+    "--warmup-steps=20",
+    "--problems=16",
+    "--heldout=12",
+    "--samples=2",
+    "--prompts-per-step=4",
+    "--group-size=4",
+    "--minibatches=2",
+    "--hidden-size=16",
+    "--layers=1",
+    "--vocab-size=64",
+    "--steps=3",
+]
+
+
+def run(tmp_path, *options):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    return demo.main(parser.parse_args([*TINY, "--output-dir", str(tmp_path), *options]))
+
+
+def check_outputs(path, methods, steps):
+    table = (path / "table.txt").read_text()
+    assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((path / "results.json").read_text())
+    for name in methods:
+        lines = read_metrics(path / name / "metrics.jsonl")
+        assert len(lines) == steps
+        assert all(
+            {"reward", "rur", "tcr", "entropy", "seconds_loss"} <= set(line) for line in lines
+        )
+    return table, results
+
+
+def test_the_command(tmp_path):
+    command = [sys.executable, "-m", "dcpo_kernels.cli", "demo", *TINY]
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    table, results = check_outputs(tmp_path, ["grpo", "dcpo"], 3)
+    for label in (
+        "held-out accuracy, greedy (Avg@1)",
+        "held-out accuracy, sampled (Avg@2)",
+        "RUR",
+        "TCR",
+        "entropy",
+        "response tokens a second",
+        "share of the step in the loss, our op",
+        "share of the step in the loss, plain PyTorch",
+        "Steps made: 3 grpo, 3 dcpo",
+    ):
+        assert label in table
+        assert label in done.stdout
+    assert results["stopped"] == [] and set(results["after"]) == {"grpo", "dcpo"}
+    assert "supervised warm-up" in done.stdout  # plain lines, where nobody watches a bar
+    train, heldout = (read_problems(tmp_path / f"{name}.parquet") for name in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (16, 12)
+    asked = {p.prompt[0]["content"] for p in train}
+    assert asked.isdisjoint(p.prompt[0]["content"] for p in heldout)
+    assert {p.index for p in train}.isdisjoint(p.index for p in heldout)
+
+
+def test_the_time_budget_stops_it_cleanly(tmp_path, capsys):
+    assert run(tmp_path, "--minutes", "0") == 0
+    table, results = check_outputs(tmp_path, ["grpo", "dcpo"], 0)
+    assert "the time budget ended the warm-up after 20 of 40 steps" in table
+    assert "the time budget ended training after 0 of 3 steps" in table
+    assert len(results["stopped"]) == 2
+    assert "the time budget" in capsys.readouterr().out
+
+
+def test_control_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
+    whole = demo.train
+
+    def interrupted(trainers, out, **parts):
+        whole(trainers, out, **{**parts, "steps": 2})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", interrupted)
+    assert run(tmp_path, "--methods", "dcpo") == 130
+    table, results = check_outputs(tmp_path, ["dcpo"], 2)
+    assert results["stopped"] == ["interrupted"] and "after" not in results
+    assert "Note: interrupted." in table and "RUR" in table
+    assert "ahead" not in table  # of whom
+
+
+def test_impossible_options_are_refused(tmp_path, capsys):
+    assert run(tmp_path, "--minibatches", "3") == 2
+    assert "not a multiple of minibatches=3" in capsys.readouterr().err
+    assert run(tmp_path, "--problems", "2") == 2
+    assert "--problems 2 must be at least 4" in capsys.readouterr().err
+    assert run(tmp_path, "--vocab-size", "20") == 2
+    assert "--vocab-size 20 must be at least 30" in capsys.readouterr().err
+    assert run(tmp_path, "--heldout", "1000000") == 2
+    assert "distinct sums of 4 numbers; ask for fewer" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sums_are_sums():
+    sums = make_sums(200, 4, seed=3)
+    assert len({s.text for s in sums}) == 200
+    assert sums == make_sums(200, 4, seed=3) != make_sums(200, 4, seed=4)
+    for s in sums:
+        assert eval(s.text) == s.totals[-1]
+        assert all(0 <= total <= LARGEST for total in s.totals)
+    with pytest.raises(ValueError, match="there are no 1000 distinct sums of 2 numbers"):
+        make_sums(1000, 2, seed=0)
+
+
+def test_demonstrations_show_every_style():
+    generator = random.Random(0)
+    (s,) = make_sums(1, 4, seed=0)
+    texts = [s.demonstration(generator) for _ in range(2000)]
+    unformatted = [t for t in texts if boxed_answer(t) is None]
+    worked = [t for t in texts if t.startswith(" ".join(map(str, s.totals)))]
+    assert len(unformatted) / 2000 == pytest.approx(STYLES["unformatted"], abs=0.03)
+    assert len(worked) / 2000 == pytest.approx(STYLES["worked"], abs=0.03)
+    assert all(boxed_answer(t) == str(s.totals[-1]) for t in worked)
+    ids = TOKENIZER(texts[0])["input_ids"]
+    assert decode(TOKENIZER, [ids]) == [texts[0]]
+
+
+def test_prompts_go_through_the_chat_template():
+    (problem,) = as_problems(make_sums(1, 3, seed=0), 0)
+    (ids,) = encode(TOKENIZER, [problem])
+    assert TOKENIZER.decode(ids) == f"<|user|> {problem.prompt[0]['content']} <|assistant|>"
