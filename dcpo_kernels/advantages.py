@@ -23,11 +23,18 @@ class PromptStatistics(NamedTuple):
 _COLUMNS = ("visits", "count", "mean", "variance")  # what is kept of a prompt
 
 
+def _values(rewards: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Rewards as a tensor, and in float64 on the CPU; a list is taken in double precision."""
+    given = rewards if isinstance(rewards, Tensor) else torch.tensor(rewards, dtype=torch.float64)
+    return given, given.detach().to("cpu", torch.float64)
+
+
 def _group(
     ids: Sequence[Hashable] | Tensor, rewards: Tensor, name: str
 ) -> tuple[list[Hashable], Tensor]:
     """The distinct ids in order of appearance, and for each reward the position of its own."""
-    keys: Sequence[Hashable] = ids.tolist() if isinstance(ids, Tensor) else ids
+    # A tensor's or an array's elements as plain numbers and strings, which a state_dict may hold.
+    keys: Sequence[Hashable] = ids.tolist() if hasattr(ids, "tolist") else ids  # pyright: ignore
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be [R], one a response, got shape {list(rewards.shape)}")
     if len(keys) != len(rewards):
@@ -89,8 +96,7 @@ def group_advantage(
 
     Returns [R] float32 on the device of rewards.
     """
-    given = torch.as_tensor(rewards)
-    values = given.detach().to("cpu", torch.float64)
+    given, values = _values(rewards)
     groups, codes = _group(group_ids, values, "group_ids")
     _, mean, variance = _moments(values, codes, len(groups), ddof)
     centred = values - mean[codes]
@@ -153,8 +159,7 @@ class SmoothAdvantage:
         Raises ValueError, with nothing counted, for a reward that is not finite, ids that don't
         match the rewards, and with ddof=1 for a prompt with a single response.
         """
-        given = torch.as_tensor(rewards)
-        values = given.detach().to("cpu", torch.float64)
+        given, values = _values(rewards)
         prompts, codes = _group(prompt_ids, values, "prompt_ids")
         n, mean_n, var_n = _moments(values, codes, len(prompts), self.ddof)
         if self.ddof and len(n) and int(n.min()) < 2:
@@ -250,7 +255,18 @@ class SmoothAdvantage:
                 f"the state does not hold one entry a prompt: {sizes}, {len(set(prompts))} "
                 "distinct ids"
             )
-        columns = [torch.as_tensor(state[key]).to(torch.float64) for key in _COLUMNS]
+        columns = []
+        for key, least in zip(_COLUMNS, (1, 1, -torch.inf, 0), strict=True):
+            column = torch.as_tensor(state[key]).to(torch.float64)
+            if column.shape != (len(prompts),):
+                raise ValueError(
+                    f"{key} must be one number a prompt, got shape {list(column.shape)}"
+                )
+            wrong = ~(torch.isfinite(column) & (column >= least))
+            if wrong.any():
+                at = int(wrong.nonzero()[0])
+                raise ValueError(f"{key} of prompt {prompts[at]!r} is {float(column[at])}")
+            columns.append(column)
         return prompts, torch.stack(columns, 1)
 
     def merge(self, other: dict[str, Any], base: dict[str, Any] | None = None) -> None:

@@ -67,7 +67,16 @@ def token_weights(
     Returns [sum lengths] or [B, T] float32, 0 where the mask is 0.
     """
     given = torch.as_tensor(lengths_or_mask)
+    if given.shape == (0,):  # torch takes [] for floats
+        given = given.to(torch.int64)
     if given.dim() == 1:
+        if given.is_floating_point() or given.dtype == torch.bool:
+            raise ValueError(f"lengths must be integers [R], got {given.dtype}")
+        if (given < 0).any():
+            at = int(given.argmin())
+            raise ValueError(
+                f"lengths[{at}] is {int(given[at])}, a response can't have fewer than 0"
+            )
         weight = response_weights(given, aggregation, num_responses, num_tokens, max_length)
         return weight.repeat_interleave(given)
     if given.dim() == 2:

@@ -53,14 +53,19 @@ def summarize(out: PolicyLoss) -> dict[str, float]:
     tokens = mask.sum()
     n = tokens.clamp(min=1)
     ratio = torch.where(mask, out.ratio, 1.0)
+    if ratio.numel():
+        lowest = torch.where(mask, out.ratio, torch.inf).amin()
+        highest = torch.where(mask, out.ratio, -torch.inf).amax()
+    else:
+        lowest = highest = ratio.new_ones(())
     numbers = {
         "loss": out.loss.detach(),
         "tokens": tokens,
         "responses": torch.tensor(len(out.response_loss), device=mask.device),
         "logprob_mean": torch.where(mask, out.logprobs, 0.0).sum() / n,
         "ratio_mean": torch.where(mask, ratio, 0.0).sum() / n,
-        "ratio_min": ratio.amin() if ratio.numel() else tokens.new_ones(()),
-        "ratio_max": ratio.amax() if ratio.numel() else tokens.new_ones(()),
+        "ratio_min": lowest.where(tokens > 0, 1.0),
+        "ratio_max": highest.where(tokens > 0, 1.0),
         "approx_kl": (ratio - 1 - ratio.log()).sum() / n,
         "token_clipping_ratio": _share(out.clipped != CLIP_NONE, mask),
         "clip_high": _share(out.clipped == CLIP_HIGH, mask),
