@@ -14,6 +14,7 @@ from dcpo_kernels import arguments as args
 from dcpo_kernels import ops
 from dcpo_kernels.backends import reference
 from dcpo_kernels.objectives import Objective, dcpo, decide, kernel_arguments
+from dcpo_kernels.ops.library import check_ids
 
 
 class PolicyLoss(NamedTuple):
@@ -105,6 +106,7 @@ def _selected_rows(
 ) -> tuple[Tensor, Tensor | None]:
     if backend == "reference":
         flat = logits.reshape(-1, logits.shape[-1])
+        check_ids(target_ids, counts, flat.shape[1], "target_ids")
         if counts is not None:
             flat = torch.where(counts[:, None], flat, 0.0)
             target_ids = torch.where(counts, target_ids, 0)
@@ -165,7 +167,8 @@ def _response_sums(x: Tensor, responses: args.Responses) -> Tensor:
     """[R] sums over each response's tokens, in a fixed order; x [N] is 0 where a token does not
     count."""
     if responses.padded:
-        return x.view(len(responses.lengths), -1).sum(1)
+        batch = len(responses.lengths)
+        return x.view(batch, x.numel() // max(batch, 1)).sum(1)
     return torch.segment_reduce(x, "sum", lengths=responses.lengths, unsafe=True, initial=0.0)
 
 
@@ -259,6 +262,9 @@ def policy_loss(
         counts = responses.counts
         if skip_zero_advantage and objective.kl_coef == 0 and objective.entropy_coef == 0:
             counts = counts & (A != 0)
+        check_ids(ids, counts, flat.shape[1], "target_ids")
+        if k_ids is not None:
+            check_ids(k_ids, counts, flat.shape[1], "topk_ids")
         rows = reference.policy_rows(
             objective,
             flat,

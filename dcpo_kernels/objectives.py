@@ -350,7 +350,7 @@ def decide(
     x = (
         logprobs - old_logprobs
         if log_ratio is None
-        else log_ratio.detach() + (logprobs - logprobs.detach())
+        else log_ratio.detach() + torch.where(logprobs.isinf(), 0.0, logprobs - logprobs.detach())
     )
     held = (
         x.abs() > MAX_LOG_RATIO

@@ -345,7 +345,9 @@ def fused(
     WITH_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     SKIP_ZERO_ADVANTAGE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # logits; the next two: gradient, old_logits
+    GRADIENT_ALIGNED: tl.constexpr,
+    OLD_ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -409,7 +411,7 @@ def fused(
                 divergence = topk_divergence(new, tl.where(sampled, old_logprob, old), DIVERGENCE)
             if FULL:
                 old_x = row_of(
-                    old_logits, row, per_batch, old_batch_stride, old_row_stride, ALIGNED
+                    old_logits, row, per_batch, old_batch_stride, old_row_stride, OLD_ALIGNED
                 )
                 divergence = full_divergence(
                     x,
@@ -454,7 +456,12 @@ def fused(
 
             if gradient is not None:
                 dx = row_of(
-                    gradient, row, per_batch, gradient_batch_stride, gradient_row_stride, ALIGNED
+                    gradient,
+                    row,
+                    per_batch,
+                    gradient_batch_stride,
+                    gradient_row_stride,
+                    GRADIENT_ALIGNED,
                 )
                 g *= weight
                 h *= weight
@@ -488,7 +495,12 @@ def fused(
             tl.store(clipped + row, 0)
             if gradient is not None:
                 dx = row_of(
-                    gradient, row, per_batch, gradient_batch_stride, gradient_row_stride, ALIGNED
+                    gradient,
+                    row,
+                    per_batch,
+                    gradient_batch_stride,
+                    gradient_row_stride,
+                    GRADIENT_ALIGNED,
                 )
                 zero_row(dx, lane, step, vocab, BLOCK)
 
@@ -556,6 +568,7 @@ def row_gradient(
     gradient_row_stride: tl.int64,
     temperature: tl.float32,
     ALIGNED: tl.constexpr,
+    GRADIENT_ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
@@ -571,7 +584,14 @@ def row_gradient(
         if hs is not None:
             h = tl.load(hs + row)
             entropy = tl.load(entropies + row)
-        dx = row_of(gradient, row, per_batch, gradient_batch_stride, gradient_row_stride, ALIGNED)
+        dx = row_of(
+            gradient,
+            row,
+            per_batch,
+            gradient_batch_stride,
+            gradient_row_stride,
+            GRADIENT_ALIGNED,
+        )
         if (g == 0) & (h == 0):
             zero_row(dx, lane, step, vocab, BLOCK)
         else:

@@ -134,7 +134,10 @@ def compile_all(which: str) -> list[dict[str, Any]]:
             {
                 "kernel": name,
                 "of": shown,
-                "aligned": constants[-4],
+                "aligned": constants[
+                    -3
+                    - (1 if name in ("row_stats", "scale") else 2 if name == "row_gradient" else 3)
+                ],
                 "vectors": constants[-2] * arguments_size(arguments) // (16 * constants[-1]),
                 "compiled": backend._compiled[key],
             }

@@ -113,7 +113,7 @@ def test_impossible_options_are_refused(tmp_path, capsys):
     assert run(tmp_path, "--vocab-size", "20") == 2
     assert "--vocab-size 20 must be at least 30" in capsys.readouterr().err
     assert run(tmp_path, "--heldout", "1000000") == 2
-    assert "distinct sums of 4 numbers; ask for fewer" in capsys.readouterr().err
+    assert "there are no 1000080 distinct sums of 4 numbers" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

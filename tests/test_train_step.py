@@ -129,7 +129,8 @@ def test_metrics_are_what_a_hand_gets(method, monkeypatch):
         float((read - 1 - read.log()).mean()), rel=1e-4, abs=1e-7
     )
     assert got["ratio_max"] == pytest.approx(float(read.max()))
-    assert got["ratio_max"] > 1.05 and got["rollout_gap"] < 1e-4
+    assert got["ratio_max"] > 1.05 or got["ratio_min"] < 0.95
+    assert got["rollout_gap"] < 1e-4
     assert got["tokens_per_second"] == pytest.approx(got["tokens"] / got["seconds_step"])
     assert all(got[f"seconds_{phase}"] > 0 for phase in PHASES)
     assert sum(got[f"seconds_{phase}"] for phase in PHASES) <= got["seconds_step"]

@@ -48,7 +48,7 @@ def row_stats(logits: Tensor, target_ids: Tensor, temperature: float = 1.0) -> R
     log_p = torch.log_softmax(z, dim=-1)
     p = log_p.exp()
     # H = -sum p log p; an entry with p = 0 has log p = -inf and contributes 0, to the gradient too
-    entropy = -torch.where(p > 0, p * torch.where(p > 0, log_p, 0.0), 0.0).sum(-1)
+    entropy = -torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, log_p)).sum(-1)
     return RowStats(
         log_p.gather(-1, target_ids[:, None]).squeeze(-1),
         entropy,

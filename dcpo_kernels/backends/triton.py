@@ -68,16 +68,13 @@ def _shape(
     """For rows of a vocabulary of `size` bytes a logit: programs the GPU runs at once, (BLOCK,
     LANES), options of the compiler. roomy: a thread has registers left for a larger tile."""
     multiprocessors, warp = _device(device)
-    each = (
-        8 * 4 // size if aligned else 8
-    )  # only vector loads leave two 16-bit logits in a register
+    # Only vector loads leave two 16-bit logits in a register.
+    each = 16 * 4 // size if aligned else 16
     lanes = min(_PROGRAM[kernel], max(warp, (1 << (vocab - 1).bit_length()) // each))
     if roomy and lanes * each < vocab:
         each *= 2
     # Triton 3.10 changes the default of enable_fp_fusion; the bits should not change with it.
     options: dict[str, Any] = {"num_warps": lanes // warp, "enable_fp_fusion": True}
-    if not _interpreted and torch.version.hip is None:
-        options["maxnreg"] = 65536 // _THREADS
     return multiprocessors * (_THREADS // lanes), (lanes * each, lanes), options
 
 
@@ -109,7 +106,7 @@ def _launch(
     x: Tensor,
     arguments: tuple[Any, ...],
     *constants: Any,
-    aligned: bool,
+    aligned: tuple[bool, ...],
     roomy: bool = True,
 ) -> None:
     """On torch's current stream of x's device. Rows in order: the grid is a part of them, and each
@@ -119,8 +116,8 @@ def _launch(
         with torch.cuda.device(index):
             return _launch(name, x, arguments, *constants, aligned=aligned, roomy=roomy)
     vocab, size = x.shape[-1], x.element_size()
-    programs, shape, options = _shape(name, vocab, size, aligned, roomy, index)
-    constants = (*constants, aligned, aligned and vocab * size % 16 == 0, *shape)
+    programs, shape, options = _shape(name, vocab, size, aligned[0], roomy, index)
+    constants = (*constants, *aligned, aligned[0] and vocab * size % 16 == 0, *shape)
     grid = (min(row_count(x), programs), 1, 1)
     key = (name, index, x.dtype, constants, tuple(map(type, arguments)))
     compiled = _compiled.get(key)
@@ -155,13 +152,11 @@ def fused(
     entropies = entropy if entropy.numel() else None
     kl_coef, entropy_coef = numbers[-2:]
     strides, aligned = _layout(logits)
-    gradient_strides = old_strides = strides
+    gradient_strides, gradient_aligned = old_strides, old_aligned = strides, aligned
     if gradient is not None and gradient is not logits:
         gradient_strides, gradient_aligned = _layout(gradient)
-        aligned = aligned and gradient_aligned
     if old_logits is not None:
         old_strides, old_aligned = _layout(old_logits)
-        aligned = aligned and old_aligned
     _launch(
         "fused",
         logits,
@@ -196,7 +191,7 @@ def fused(
         kl_coef != 0,
         entropy_coef != 0,
         skip_zero_advantage,
-        aligned=aligned,
+        aligned=(aligned, gradient_aligned, old_aligned),
         roomy=entropies is None and topk_ids is None and old_logits is None,
     )
 
@@ -228,7 +223,7 @@ def row_stats(
             *strides,
             temperature,
         ),
-        aligned=aligned,
+        aligned=(aligned,),
     )
 
 
@@ -263,11 +258,11 @@ def row_gradient(
             *gradient_strides[1:],
             temperature,
         ),
-        aligned=aligned and gradient_aligned,
+        aligned=(aligned, gradient_aligned),
     )
 
 
 def scale(x: Tensor, scale: Tensor) -> None:
     strides, aligned = _layout(x)
     arguments = (x, scale, row_count(x), x.shape[-1], *strides)
-    _launch("scale", x, arguments, aligned=aligned)
+    _launch("scale", x, arguments, aligned=(aligned,))
