@@ -63,16 +63,14 @@ _PROGRAM |= dict.fromkeys(("row_stats", "row_gradient", "scale"), 128)
 
 @functools.lru_cache(maxsize=256)
 def _shape(
-    kernel: str, vocab: int, size: int, aligned: bool, roomy: bool, device: int
+    kernel: str, vocab: int, size: int, aligned: bool, registers: int, device: int
 ) -> tuple[int, tuple[int, int], dict[str, Any]]:
     """For rows of a vocabulary of `size` bytes a logit: programs the GPU runs at once, (BLOCK,
     LANES), options of the compiler. roomy: a thread has registers left for a larger tile."""
     multiprocessors, warp = _device(device)
     # Only vector loads leave two 16-bit logits in a register.
-    each = 16 * 4 // size if aligned else 16
+    each = registers * 4 // size if aligned else registers
     lanes = min(_PROGRAM[kernel], max(warp, (1 << (vocab - 1).bit_length()) // each))
-    if roomy and lanes * each < vocab:
-        each *= 2
     # Triton 3.10 changes the default of enable_fp_fusion; the bits should not change with it.
     options: dict[str, Any] = {"num_warps": lanes // warp, "enable_fp_fusion": True}
     return multiprocessors * (_THREADS // lanes), (lanes * each, lanes), options
@@ -107,16 +105,16 @@ def _launch(
     arguments: tuple[Any, ...],
     *constants: Any,
     aligned: tuple[bool, ...],
-    roomy: bool = True,
+    registers: int = 32,
 ) -> None:
     """On torch's current stream of x's device. Rows in order: the grid is a part of them, and each
     program goes on to the row that many further."""
     index = x.get_device()
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return _launch(name, x, arguments, *constants, aligned=aligned, roomy=roomy)
+            return _launch(name, x, arguments, *constants, aligned=aligned, registers=registers)
     vocab, size = x.shape[-1], x.element_size()
-    programs, shape, options = _shape(name, vocab, size, aligned[0], roomy, index)
+    programs, shape, options = _shape(name, vocab, size, aligned[0], registers, index)
     constants = (*constants, *aligned, aligned[0] and vocab * size % 16 == 0, *shape)
     grid = (min(row_count(x), programs), 1, 1)
     key = (name, index, x.dtype, constants, tuple(map(type, arguments)))
@@ -124,7 +122,7 @@ def _launch(
     if compiled is None:
         _compiled[key] = getattr(kernels, name)[grid](*arguments, *constants, **options)
     else:
-        compiled[grid](*arguments, *constants)
+        compiled[grid](*arguments, *constants)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def fused(
@@ -192,7 +190,11 @@ def fused(
         entropy_coef != 0,
         skip_zero_advantage,
         aligned=(aligned, gradient_aligned, old_aligned),
-        roomy=entropies is None and topk_ids is None and old_logits is None,
+        registers=32
+        if entropies is None and topk_ids is None and old_logits is None
+        else 16
+        if old_logits is None
+        else 8,
     )
 
 
