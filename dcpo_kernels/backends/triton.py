@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dcpo_kernels.backends.layout import row_count, row_strides
 
+kernels: Any = None
 try:
     import triton
 
@@ -66,11 +67,15 @@ def _shape(
     kernel: str, vocab: int, size: int, aligned: bool, registers: int, device: int
 ) -> tuple[int, tuple[int, int], dict[str, Any]]:
     """For rows of a vocabulary of `size` bytes a logit: programs the GPU runs at once, (BLOCK,
-    LANES), options of the compiler. roomy: a thread has registers left for a larger tile."""
+    LANES), options of the compiler. registers: how many a thread has for its logits; more than 16
+    of them are used where a row is longer than a tile."""
     multiprocessors, warp = _device(device)
+    few = min(registers, 16)
     # Only vector loads leave two 16-bit logits in a register.
-    each = registers * 4 // size if aligned else registers
+    each = few * 4 // size if aligned else few
     lanes = min(_PROGRAM[kernel], max(warp, (1 << (vocab - 1).bit_length()) // each))
+    if lanes * each < vocab:
+        each *= registers // few
     # Triton 3.10 changes the default of enable_fp_fusion; the bits should not change with it.
     options: dict[str, Any] = {"num_warps": lanes // warp, "enable_fp_fusion": True}
     return multiprocessors * (_THREADS // lanes), (lanes * each, lanes), options
@@ -122,7 +127,7 @@ def _launch(
     if compiled is None:
         _compiled[key] = getattr(kernels, name)[grid](*arguments, *constants, **options)
     else:
-        compiled[grid](*arguments, *constants)  # pyright: ignore[reportPossiblyUnboundVariable]
+        compiled[grid](*arguments, *constants)
 
 
 def fused(

@@ -33,6 +33,7 @@ from dcpo_kernels.train.config import recipes
 from dcpo_kernels.train.data import Problem, read_problems, write_problems
 from dcpo_kernels.train.evaluate import evaluate
 from dcpo_kernels.train.loop import read_metrics, train
+from dcpo_kernels.train.plots import plot
 from dcpo_kernels.train.progress import progress
 from dcpo_kernels.train.step import Trainer
 from dcpo_kernels.train.timing import loss_seconds
@@ -112,7 +113,7 @@ class Demo:
             "prompts_per_step": args.prompts_per_step,
             "group_size": args.group_size,
             "minibatches": args.minibatches,
-            "micro_batch_size": 128,
+            "micro_batch_size": 64,
             "max_new_tokens": MAX_NEW_TOKENS,
             "learning_rate": args.learning_rate,
             "seed": args.seed,
@@ -276,7 +277,7 @@ class Demo:
         """Table and plots from whatever has been measured."""
         histories = {name: read_metrics(self.out / name / "metrics.jsonl") for name in self.configs}
         with self.stage("report"):
-            report.plot(self.out / "curves.png", self.results, histories)
+            plot(self.out / "curves.png", self.results, histories)
         rows = report.make_rows(self.results, histories)
         steps = ", ".join(f"{len(history)} {name}" for name, history in histories.items())
         text = io.StringIO()

@@ -1,24 +1,16 @@
-"""The final table and the plots, from what was measured and nothing else."""
+"""The final table, from what was measured and nothing else."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from rich.table import Table
 
-from dcpo_kernels.train.clock import PHASES
 from dcpo_kernels.train.step import Metrics
 
 Histories = dict[str, list[Metrics]]
-COLORS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#5c4d7d")
 
 
 class Value(NamedTuple):
@@ -156,82 +148,3 @@ def verdict(rows: Sequence[Row], methods: Sequence[str]) -> str:
                 f"{'Even' if name == 'even' else name + ' is ahead'}: {'; '.join(labels)}."
             )
     return " ".join(parts)
-
-
-def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    means = []
-    for i in range(len(values)):
-        window = values[max(0, i - width + 1) : i + 1]
-        means.append(sum(window) / len(window))
-    return means
-
-
-def plot(path: str | os.PathLike[str], results: dict[str, Any], histories: Histories) -> None:
-    """One PNG: reward, held-out accuracy, RUR, TCR, entropy, and where the time goes."""
-    histories = {name: history for name, history in histories.items() if history}
-    colors = dict(zip(histories, COLORS * len(histories), strict=False))
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7.2), layout="constrained")
-    curves = (
-        ("reward", "training reward", 1),
-        ("heldout_accuracy", "held-out accuracy, %", 100),
-        ("rur", "response utilization ratio (RUR), %", 100),
-        ("tcr", "token clipping ratio (TCR), %", 100),
-        ("entropy", "entropy, nats a token", 1),
-    )
-    for axis, (key, title, scale) in zip(axes.flat, curves, strict=False):
-        for name, history in histories.items():
-            points = [(line["step"], scale * line[key]) for line in history if key in line]
-            if key == "heldout_accuracy":
-                if "before" in results:
-                    points.insert(0, (0, scale * results["before"]["sampled"]["accuracy"]))
-                if name in results.get("after", {}):
-                    final = scale * results["after"][name]["sampled"]["accuracy"]
-                    points = [p for p in points if p[0] < history[-1]["step"]]
-                    points.append((history[-1]["step"], final))
-                axis.plot(*zip(*points, strict=True), "o-", color=colors[name], label=name, ms=4)
-            else:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, color=colors[name], alpha=0.3, lw=1)
-                axis.plot(steps, _smooth(values), color=colors[name], label=name, lw=2)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.25)
-        if histories:
-            axis.legend(frameon=False)
-    _plot_time(axes.flat[5], results.get("loss_seconds", {}), histories)
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    plt.close(figure)
-    os.replace(temporary, path)
-
-
-def _plot_time(axis: Any, costs: dict[str, dict[str, float]], histories: Histories) -> None:
-    """Milliseconds a response token by phase: as it ran, and with plain PyTorch's loss."""
-    bars: list[tuple[str, dict[str, float]]] = []
-    for name, history in histories.items():
-        tokens = sum(line["tokens"] for line in history)
-        phases = {p: 1e3 * sum(line[f"seconds_{p}"] for line in history) / tokens for p in PHASES}
-        bars.append((f"{name}\nour op", phases))
-        if name in costs:
-            bars.append((f"{name}\nplain", {**phases, "loss": 1e3 * costs[name]["plain"]}))
-    bottoms = [0.0] * len(bars)
-    for phase, color in zip(PHASES, plt.get_cmap("Pastel1").colors, strict=False):  # pyright: ignore[reportAttributeAccessIssue]
-        heights = [phases[phase] for _, phases in bars]
-        color = "#222222" if phase == "loss" else color
-        axis.bar(
-            [label for label, _ in bars],
-            heights,
-            bottom=bottoms,
-            color=color,
-            label=phase,
-            width=0.65,
-        )
-        bottoms = [b + h for b, h in zip(bottoms, heights, strict=True)]
-    axis.set_title("time of a step, ms a token")
-    if bars:
-        axis.set_ylim(0, 1.45 * max(bottoms))
-        axis.legend(frameon=False, ncols=3, fontsize=8, loc="upper center")
-    for i, ((_, phases), top) in enumerate(zip(bars, bottoms, strict=True)):
-        axis.text(
-            i, top, f"loss {100 * phases['loss'] / top:.0f} %", ha="center", va="bottom", fontsize=9
-        )

@@ -46,10 +46,11 @@ def plain_loss(
 
 
 def loss_seconds(trainer: Trainer, repetitions: int = 5) -> dict[str, float]:
-    """Seconds a response token for the loss and its gradient in the logits, on the last batch.
+    """Seconds a response token for the loss and its gradient in the logits.
 
     "ours" as the run calls it, "every_row" without leaving out rows of advantage 0, "plain" in
-    plain PyTorch, which leaves out none. Medians of repetitions that take turns.
+    plain PyTorch, which leaves out none. On a micro-batch of the last step; medians of repetitions
+    that take turns.
     """
     experience = trainer.last
     if experience is None:
