@@ -33,9 +33,9 @@ inline void objective(py::module_& m) {
   py::class_<Objective>(m, "Objective", py::module_local())
       .def(py::init([](int surrogate, int divergence, float eps_low, float eps_high,
                        float ratio_max, float ratio_cap, float limit_low, float limit_high,
-                       float kl_coef, float entropy_coef) {
-        return Objective{surrogate, divergence, eps_low,    eps_high, ratio_max,
-                         ratio_cap, limit_low,  limit_high, kl_coef,  entropy_coef};
+                       float kl_coef, float entropy_coef, float penalty_coef) {
+        return Objective{surrogate, divergence, eps_low, eps_high,     ratio_max,   ratio_cap,
+                         limit_low, limit_high, kl_coef, entropy_coef, penalty_coef};
       }));
 }
 

@@ -25,8 +25,10 @@ enum Clipped : int8_t { kClippedNone, kClippedHigh, kClippedLow, kClippedCap, kC
 constexpr float kMaxLogRatio =
     20.0f;  // |logp - old_logp| and |ref_logp - logp| are held here before exp
 constexpr float kMinProb =
-    1.17549435e-38f;                // smallest normal: q = 0 and denormal q must not give 0/0
-constexpr float kMinRest = 1e-12f;  // floor of the probability outside the top K
+    1.17549435e-38f;        // smallest normal: q = 0 and denormal q must not give 0/0
+constexpr int kMaxK = 128;  // tokens of a top-K divergence, objectives.py: MAX_K
+// Floor of the probability of whatever is not listed in a divergence.
+constexpr float kMinRest = 1e-12f;
 
 struct Objective {
   int surrogate;
@@ -34,7 +36,7 @@ struct Objective {
   float eps_low, eps_high;  // soft gate: the temperatures for A < 0 and A > 0
   float ratio_max, ratio_cap;
   float limit_low, limit_high;
-  float kl_coef, entropy_coef;
+  float kl_coef, entropy_coef, penalty_coef;
 };
 
 struct Token {
@@ -52,7 +54,19 @@ struct Decision {
   float h;  // dloss/dentropy
   float ratio;
   Clipped clipped;
+  float pull;  // dloss/ddivergence of a penalty on a top-K or full one; a binary one's is in g
 };
+
+DCPO_HD bool needs_topk(const Objective& o) {
+  return o.divergence == kTopkTv || o.divergence == kTopkKl;
+}
+DCPO_HD bool needs_old_logits(const Objective& o) {
+  return o.divergence == kFullTv || o.divergence == kFullKl;
+}
+// Whether a token of advantage 0 may have a gradient.
+DCPO_HD bool pulls_without_advantage(const Objective& o) {
+  return o.kl_coef != 0.0f || o.entropy_coef != 0.0f || o.penalty_coef != 0.0f;
+}
 
 DCPO_HD float hold(float log_ratio) {
   // comparisons in this order let NaN through
@@ -61,6 +75,8 @@ DCPO_HD float hold(float log_ratio) {
                                      : log_ratio;
 }
 
+DCPO_HD float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
+
 // Divergence between two policies told apart by the sampled token alone (DPPO section 4).
 DCPO_HD float binary_divergence(int kind, float logp, float old_logp) {
   const float p = expf(logp), q = expf(old_logp);
@@ -68,7 +84,16 @@ DCPO_HD float binary_divergence(int kind, float logp, float old_logp) {
   // log(1 - p) from expm1: 1 - exp(logp) has no digits left where logp is near 0
   const float not_p = -expm1f(logp), not_q = -expm1f(old_logp);
   const float inside = q > 0.0f ? q * (old_logp - logp) : 0.0f;
-  return inside + (not_q > 0.0f ? not_q * (logf(not_q) - logf(not_p)) : 0.0f);
+  const float held = not_p < kMinRest ? kMinRest : not_p;
+  return inside + (not_q > 0.0f ? not_q * (logf(not_q) - logf(held)) : 0.0f);
+}
+
+// Its derivative in logp.
+DCPO_HD float binary_slope(int kind, float logp, float old_logp) {
+  const float p = expf(logp), q = expf(old_logp);
+  if (kind == kBinaryTv) return p * sign(p - q);
+  const float not_p = -expm1f(logp), not_q = -expm1f(old_logp);
+  return (not_p < kMinRest ? 0.0f : not_q * p / not_p) - q;
 }
 
 // One listed token of a top-K divergence; `finish_topk` adds the bucket of all others.
@@ -85,12 +110,26 @@ DCPO_HD float finish_topk(int kind, float sum, float mass_p, float mass_q) {
   return sum + rest_q * (logf(rest_q) - logf(rest_p));
 }
 
+// The gradient of a top-K divergence in a listed logit is e - p sum(e), in any other -p sum(e),
+// over T. Here: e = p (dD/dp - dD/drest_p).
+DCPO_HD float topk_slope(int kind, float logp, float old_logp, float mass_p, float mass_q) {
+  const float p = expf(logp), q = expf(old_logp);
+  const float rest_p = 1.0f - mass_p;
+  const float rest_q = 1.0f - mass_q > kMinRest ? 1.0f - mass_q : kMinRest;
+  const bool held = rest_p < kMinRest;
+  if (kind == kTopkTv) return 0.5f * p * (sign(p - q) - (held ? 0.0f : sign(rest_p - rest_q)));
+  return (held ? 0.0f : p * rest_q / rest_p) - q;
+}
+
 DCPO_HD Decision decide(const Objective& o, const Token& t) {
   const float A = t.advantage;
   const float r = expf(hold(t.log_ratio));
   const bool held =
       fabsf(t.log_ratio) > kMaxLogRatio;  // there the ratio is a constant; false for NaN
-  Decision d{0.0f, 0.0f, 0.0f, r, kClippedNone};
+  Decision d{0.0f, 0.0f, 0.0f, r, kClippedNone, 0.0f};
+  const bool binary = o.divergence == kBinaryTv || o.divergence == kBinaryKl;
+  const float divergence =
+      binary ? binary_divergence(o.divergence, t.logprob, t.old_logprob) : t.divergence;
 
   if (o.surrogate == kSoftGate) {
     // SAPO (arXiv 2511.20347): f(r) = 4/tau sigmoid(tau (r - 1))
@@ -100,12 +139,9 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
     d.g = -A * 4.0f * gate * (1.0f - gate) * r;
   } else if (o.surrogate == kReinforce) {
     float weight = r > o.ratio_cap ? o.ratio_cap : r;
-    if (o.divergence == kNone) {
+    if (o.divergence == kNone || o.penalty_coef != 0.0f) {
       if (r > o.ratio_cap) d.clipped = kClippedCap;
     } else {
-      const float divergence = o.divergence == kBinaryTv || o.divergence == kBinaryKl
-                                   ? binary_divergence(o.divergence, t.logprob, t.old_logprob)
-                                   : t.divergence;
       const float moved = t.logprob - t.old_logprob;
       if ((A > 0.0f && moved > 0.0f && divergence > o.limit_high) ||
           (A < 0.0f && moved < 0.0f && divergence > o.limit_low)) {
@@ -156,6 +192,16 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
   if (o.entropy_coef != 0.0f) {
     d.loss -= o.entropy_coef * t.entropy;
     d.h = -o.entropy_coef;
+  }
+  if (o.penalty_coef != 0.0f) {
+    const float excess = divergence - (A < 0.0f ? o.limit_low : o.limit_high);
+    if (!(excess <= 0.0f)) {  // NaN comes through
+      d.loss += o.penalty_coef * excess;
+      if (binary)
+        d.g += o.penalty_coef * binary_slope(o.divergence, t.logprob, t.old_logprob);
+      else
+        d.pull = o.penalty_coef;
+    }
   }
   return d;
 }

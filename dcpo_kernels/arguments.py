@@ -159,8 +159,9 @@ def responses_of(
         )
     rows = logits.shape[0]
     # On a GPU looking at the values would mean waiting for it.
-    looking = given.device.type == "cpu" or os.environ.get("DCPO_KERNELS_CHECK") == "1"
-    if looking and not torch.compiler.is_compiling():
+    looked = given.device.type == "cpu" or os.environ.get("DCPO_KERNELS_CHECK") == "1"
+    looked = looked and not torch.compiler.is_compiling()
+    if looked:
         if len(given) and int(given.min()) < 0:
             raise ValueError(
                 f"lengths[{int(given.argmin())}] is {int(given.min())}, a response can't have "
@@ -177,6 +178,9 @@ def responses_of(
             )
     lengths_ = given.to(logits.device, torch.int64)
     ends = lengths_.cumsum(0)
+    if not looked:  # whatever they are, nothing is read outside the rows
+        ends = ends.clamp(0, rows).cummax(0).values
+        lengths_ = ends.diff(prepend=ends.new_zeros(1))
     row = torch.arange(rows, device=logits.device)
     index = torch.searchsorted(ends, row, right=True)
     counts = index < len(lengths_)  # false only past the end of lengths that were not looked at

@@ -257,11 +257,16 @@ def policy_loss(
     weights = args.weights_of(responses, objective, num_responses, num_tokens, max_length)
     with_entropy = with_entropy or objective.entropy_coef != 0
 
+    counts = responses.counts  # the rows that are read; the fused operator looks at A itself
+    one_pass = backend != "reference" and objective.ratio_level == "token"
+    if not one_pass and skip_zero_advantage and not objective.pulls_without_advantage:
+        live = counts & (A != 0)
+        if objective.ratio_level == "sequence":  # a response's ratio needs all of its tokens
+            live = (_response_sums(live.to(torch.float32), responses) > 0)[responses.index]
+        counts = counts & live
+
     if backend == "reference":
         flat = logits.reshape(-1, logits.shape[-1])
-        counts = responses.counts
-        if skip_zero_advantage and objective.kl_coef == 0 and objective.entropy_coef == 0:
-            counts = counts & (A != 0)
         check_ids(ids, counts, flat.shape[1], "target_ids")
         if k_ids is not None:
             check_ids(k_ids, counts, flat.shape[1], "topk_ids")
@@ -284,7 +289,6 @@ def policy_loss(
         loss = torch.dot(weights.to(rows.token_loss.dtype), rows.token_loss)
         out = (rows.token_loss.detach(), *rows[1:])
     elif objective.ratio_level == "sequence":
-        counts = responses.counts
         logprobs, entropy = _selected_rows(
             logits, ids, counts, temperature, with_entropy, inplace, backend
         )

@@ -32,7 +32,7 @@ CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION = range(5)
 
 MAX_LOG_RATIO = 20.0  # |logp - old_logp| and |ref_logp - logp| are held here before exp
 MIN_PROB = 1.1754943508222875e-38  # smallest normal float32: q = 0 and denormal q must not give 0/0
-MIN_REST = 1e-12  # floor of the probability outside the top K
+MIN_REST = 1e-12  # floor of the probability of whatever is not listed in a divergence
 MAX_K = 128
 
 
@@ -52,6 +52,9 @@ class Objective:
     ratio_level: "sequence" takes one ratio per response (GSPO).
     divergence, limit_low, limit_high, k: DPPO's mask: no gradient where the divergence exceeds
         limit_high (A > 0) or limit_low (A < 0) and the token moves further out.
+    penalty_coef: not 0: instead of that mask, penalty_coef * max(D - limit, 0) is added to the
+        token's loss, with limit_low where A < 0 and limit_high elsewhere. Any surrogate may have
+        it. Importance weights don't multiply it.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Objective:
     aggregation: str = "token-mean"
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    penalty_coef: float = 0.0
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -87,18 +91,23 @@ class Objective:
         for field in ("ratio_max", "ratio_cap"):
             if not getattr(self, field) >= 1:
                 raise ValueError(f"{self.name}: {field}={getattr(self, field)} must be >= 1")
-        for field in ("kl_coef", "entropy_coef"):
+        for field in ("kl_coef", "entropy_coef", "penalty_coef"):
             if not math.isfinite(getattr(self, field)):
                 raise ValueError(f"{self.name}: {field}={getattr(self, field)} must be finite")
         if not 1 <= self.k <= MAX_K:
             raise ValueError(f"{self.name}: k={self.k} must lie in 1..{MAX_K}")
         if self.surrogate == "soft-gate" and not (self.eps_low > 0 and self.eps_high > 0):
             raise ValueError(f"{self.name}: the temperatures of a soft gate must be > 0")
-        if self.divergence != "none" and self.surrogate != "reinforce":
+        masks = self.divergence != "none" and self.penalty_coef == 0
+        if masks and self.surrogate != "reinforce":
             raise ValueError(
                 f"{self.name}: a divergence mask goes with surrogate='reinforce', not "
-                f"{self.surrogate!r}: "
-                "a clipped surrogate already has a trust region"
+                f"{self.surrogate!r}: a clipped surrogate already has a trust region; with "
+                "penalty_coef the divergence is a penalty instead"
+            )
+        if self.divergence == "none" and self.penalty_coef != 0:
+            raise ValueError(
+                f"{self.name}: penalty_coef={self.penalty_coef} needs a divergence to penalize"
             )
         if self.divergence == "none" and (self.limit_low, self.limit_high) != (math.inf, math.inf):
             raise ValueError(f"{self.name}: a limit needs a divergence to be the limit of")
@@ -123,6 +132,11 @@ class Objective:
                 f"{self.name}: divergence={self.divergence!r} compares tokens, "
                 f"ratio_level='sequence' responses"
             )
+
+    @property
+    def pulls_without_advantage(self) -> bool:
+        """Whether a token of advantage 0 may have a gradient."""
+        return self.kl_coef != 0 or self.entropy_coef != 0 or self.penalty_coef != 0
 
     @property
     def needs_topk(self) -> bool:
@@ -289,8 +303,9 @@ class Decision(NamedTuple):
     """What an objective says of each token, before any weight. All of the shape of the
     log-probabilities."""
 
-    loss: Tensor  # differentiable in the log-probabilities and the entropy
-    g: Tensor  # dloss/dlogp; dloss/dH is -entropy_coef
+    loss: Tensor  # differentiable in the log-probabilities, the entropy and the divergence
+    g: Tensor  # dloss/dlogp; dloss/dH is -entropy_coef, and what a penalty on a top-K or full
+    # divergence adds comes through that
     ratio: Tensor
     clipped: Tensor  # int8, CLIP_*
 
@@ -314,16 +329,33 @@ def clip_bounds(objective: Objective, old_logprobs: Tensor) -> tuple[Tensor, Ten
     return low, high.clamp(max=objective.ratio_max)
 
 
+def hold(log_ratio: Tensor) -> Tensor:
+    """Within +-MAX_LOG_RATIO. Unlike clamp it hands on the gradient of a NaN: where the loss is NaN,
+    a gradient of 0 would hide it."""
+    x = torch.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio)
+    return torch.where(x < -MAX_LOG_RATIO, -MAX_LOG_RATIO, x)
+
+
 def binary_divergence(kind: str, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """Divergence between two policies that are only told apart by the sampled token (DPPO section
     4)."""
     p, q = logprobs.exp(), old_logprobs.exp()
     if kind == "binary_tv":
         return (p - q).abs()
-    # log(1 - p) from expm1: 1 - exp(logp) has no digits left where logp is near 0.
-    log_not_p, log_not_q = torch.log(-torch.expm1(logprobs)), torch.log(-torch.expm1(old_logprobs))
+    # 1 - p from expm1: 1 - exp(logp) has no digits left where logp is near 0.
+    not_p, not_q = (-torch.expm1(x) for x in (logprobs, old_logprobs))
     inside = torch.where(q > 0, q * (old_logprobs - logprobs), 0.0)
-    return inside + torch.where(q < 1, (1 - q) * (log_not_q - log_not_p), 0.0)
+    rest = not_q * (not_q.log() - not_p.clamp(min=MIN_REST).log())
+    return inside + torch.where(not_q > 0, rest, 0.0)
+
+
+def binary_slope(kind: str, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Its derivative in logprobs."""
+    p, q = logprobs.exp(), old_logprobs.exp()
+    if kind == "binary_tv":
+        return (p - q).sign() * p
+    not_p, not_q = -torch.expm1(logprobs), -torch.expm1(old_logprobs)
+    return torch.where(not_p < MIN_REST, 0.0, not_q * p / not_p) - q
 
 
 def decide(
@@ -352,12 +384,12 @@ def decide(
         if log_ratio is None
         else log_ratio.detach() + torch.where(logprobs.isinf(), 0.0, logprobs - logprobs.detach())
     )
-    held = (
-        x.abs() > MAX_LOG_RATIO
-    )  # there the ratio is a constant; false for NaN, which must come through
-    ratio = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    held = x.abs() > MAX_LOG_RATIO  # there the ratio is a constant; false for NaN
+    ratio = hold(x).exp()
     r = ratio.detach()
     clipped = torch.zeros_like(r, dtype=torch.int8)
+    if objective.divergence.startswith("binary"):
+        divergence = binary_divergence(objective.divergence, logprobs, old_logprobs)
 
     if objective.surrogate == "soft-gate":
         # SAPO (arXiv 2511.20347): f(r) = 4/tau sigmoid(tau (r - 1)), f'(1) = 1
@@ -367,12 +399,9 @@ def decide(
         g = -A * 4 * (gate * (1 - gate)).detach() * r
     elif objective.surrogate == "reinforce":
         weight = r.clamp(max=objective.ratio_cap)
-        if objective.divergence == "none":
+        if divergence is None or objective.penalty_coef != 0:
             clipped = torch.where(r > objective.ratio_cap, CLIP_CAP, clipped)
         else:
-            if divergence is None:
-                assert objective.divergence in ("binary_tv", "binary_kl")
-                divergence = binary_divergence(objective.divergence, logprobs, old_logprobs)
             distance = divergence.detach()
             moved = logprobs.detach() - old_logprobs
             out = torch.where(
@@ -405,20 +434,27 @@ def decide(
         assert ref_logprobs is not None
         # k3 estimator exp(d) - d - 1, d = ref - logp
         d = ref_logprobs - logprobs
-        held = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        loss = loss + objective.kl_coef * (torch.expm1(held) - held)
-        pull = -objective.kl_coef * torch.expm1(held.detach())
+        bounded = hold(d)
+        loss = loss + objective.kl_coef * (torch.expm1(bounded) - bounded)
+        pull = -objective.kl_coef * torch.expm1(bounded.detach())
         g = g + torch.where(d.abs() > MAX_LOG_RATIO, 0.0, pull)
     if objective.entropy_coef != 0:
         assert entropy is not None
         loss = loss - objective.entropy_coef * entropy
+    if objective.penalty_coef != 0:
+        assert divergence is not None
+        excess = divergence - torch.where(A < 0, objective.limit_low, objective.limit_high)
+        loss = loss + objective.penalty_coef * excess.relu()
+        if objective.divergence.startswith("binary"):
+            slope = binary_slope(objective.divergence, logprobs, old_logprobs)
+            g = g + torch.where(excess <= 0, 0.0, objective.penalty_coef * slope)
     return Decision(loss, g.detach(), r, clipped.to(torch.int8))
 
 
 def kernel_arguments(
     objective: Objective,
-) -> tuple[int, int, float, float, float, float, float, float, float, float]:
-    """The objective as the operators take it: two codes and eight numbers (ops/arguments.py names
+) -> tuple[int, int, float, float, float, float, float, float, float, float, float]:
+    """The objective as the operators take it: two codes and nine numbers (ops/fused.py names
     them)."""
     o = objective
     return (
@@ -432,4 +468,5 @@ def kernel_arguments(
         o.limit_high,
         o.kl_coef,
         o.entropy_coef,
+        o.penalty_coef,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dcpo_kernels as dk
 
+PENALTY: Any = {"penalty_coef": 0.8, "limit_low": 0.02, "limit_high": 0.03}
 # Trust regions narrow enough that each of them stops some tokens of a batch.
 OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "dcpo": partial(dk.dcpo, 0.02, 0.03, 1.6),
@@ -30,10 +31,18 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "dppo-topk_kl": partial(dk.dppo, "topk_kl", 0.03),
     "dppo-tv": partial(dk.dppo, "tv", 0.15),
     "dppo-kl": partial(dk.dppo, "kl", 0.1),
+    "penalty-binary_tv": partial(dk.dppo, "binary_tv", (0.02, 0.04), penalty_coef=0.8),
+    "penalty-binary_kl": partial(dk.dcpo, **PENALTY, divergence="binary_kl"),
+    "penalty-topk_tv": partial(dk.sapo, **PENALTY, divergence="topk_tv"),
+    "penalty-topk_kl": partial(dk.dppo, "topk_kl", (0.02, 0.04), penalty_coef=0.8),
+    "penalty-tv": partial(dk.ppo, **PENALTY, divergence="tv"),
+    "penalty-kl": partial(dk.dppo, "kl", (0.1, 0.15), penalty_coef=0.8),
 }
 CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "cispo": {0, 3}, "sapo": {0}}  # of `clipped`
 CODES |= {name: {0, 1, 2} for name in ("grpo", "dapo", "gspo", "inverse_sqrt")}
 CODES |= {name: {0, 4} for name in OBJECTIVES if name.startswith("dppo")}
+CODES |= {name: {0} for name in OBJECTIVES if name.startswith("penalty")}
+CODES |= {"penalty-binary_kl": {0, 1, 2}, "penalty-tv": {0, 1, 2}}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Half a unit in the last place, relative.
@@ -188,6 +197,9 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
     if objective.kl_coef:
         d = per_token(arguments["ref_logprobs"]) - expected.logprobs
         g = g + objective.kl_coef * (1 + d.clamp(-20, 20).exp())
+    if objective.penalty_coef:
+        not_p = -torch.expm1(expected.logprobs)  # a penalty pulls with up to 1 + p / (1 - p)
+        g = g + objective.penalty_coef * (1 + 1 / not_p.clamp(min=1e-3))
     entropy = torch.zeros(()) if expected.entropy is None else expected.entropy
     return weight * (g + abs(objective.entropy_coef) * (1 + entropy)) / arguments["temperature"]
 

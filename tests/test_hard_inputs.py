@@ -145,6 +145,12 @@ def test_losses_of_rows_with_minus_infinity(name, use_backend):
         sampled = torch.nn.functional.one_hot(p.arguments["target_ids"], 67).bool()
         taken_out = (torch.rand(p.base.shape) < 0.4) & ~sampled
         p.base = p.base.masked_fill(taken_out, -INF)
+        if p.arguments["objective"].penalty_coef:  # else KL(q || p) and the loss are infinite
+            if "old_logits" in p.arguments:
+                p.arguments["old_logits"] = p.arguments["old_logits"].masked_fill(taken_out, -INF)
+            if "topk_ids" in p.arguments:
+                gone = taken_out.gather(1, p.arguments["topk_ids"])
+                p.arguments["topk_logprobs"] = p.arguments["topk_logprobs"].masked_fill(gone, -INF)
         found = p.run(backend=use_backend)
         assert_matches(p, found, p.oracle())
         assert (found[1][taken_out] == 0).all()
@@ -153,7 +159,7 @@ def test_losses_of_rows_with_minus_infinity(name, use_backend):
 @on_backends()
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_target_of_probability_zero(name, use_backend):
-    """The log-probability is -inf; loss and gradient are the oracle's, and finite."""
+    """The log-probability is -inf; loss and gradient are the oracle's, and finite but for a KL."""
     for dtype in DTYPES:
         objective = OBJECTIVES[name](entropy_coef=0.1, kl_coef=0.1)
         p = problem(objective, dtype=dtype, lengths=(1, 1, 2))
@@ -162,7 +168,9 @@ def test_a_target_of_probability_zero(name, use_backend):
         out, gradient = p.run(backend=use_backend)
         want, want_gradient = p.oracle()
         assert (out.logprobs[[0, 1, 3]] == -INF).all() and out.logprobs[2].isfinite()
-        assert out.token_loss.isfinite().all()
+        # A penalty on KL(q || p) is infinite where p is 0 and q is not.
+        finite = objective.penalty_coef == 0 or not objective.divergence.endswith("kl")
+        assert out.token_loss.isfinite().all() or not finite
         torch.testing.assert_close(out.token_loss.double(), want.token_loss, rtol=1e-5, atol=1e-6)
         assert torch.equal(out.clipped, want.clipped)
         slack = ROUNDING[dtype] * want_gradient.abs() + 1e-6
@@ -207,8 +215,6 @@ def test_a_poisoned_logit_stays_in_its_row(poison, dtype, use_backend):
 @on_backends()
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_poisoned_logit_reaches_its_loss_in_every_objective(name, use_backend):
-    if name == "gspo" and use_backend == "cpu":
-        pytest.xfail("a NaN row's ratio does not reach its response's gradient on two passes")
     for dtype in DTYPES:
         p = problem(OBJECTIVES[name](kl_coef=0.1), dtype=dtype, lengths=(3, 2))
         clean = p.run(backend=use_backend)
@@ -224,8 +230,6 @@ def test_a_poisoned_logit_reaches_its_loss_in_every_objective(name, use_backend)
 @on_backends()
 @pytest.mark.parametrize("argument", ["old_logprobs", "advantages", "importance_weights"])
 def test_a_nan_of_any_bits_in_another_argument(argument, use_backend):
-    if argument == "old_logprobs" and use_backend == "reference":
-        pytest.xfail("autograd's sum of a NaN and a constant ratio")
     """0x7fffffff is what CUDA calls NaN: a rounding carry would make it -0 in bfloat16."""
     for dtype in DTYPES:
         p = problem(dk.grpo(), dtype=dtype, importance="token")

@@ -47,7 +47,7 @@ PRESETS = {
 DEFAULTS = {
     "surrogate": "clip", "eps_low": 0.2, "eps_high": 0.2, "ratio_max": INF, "ratio_cap": INF,
     "ratio_level": "token", "divergence": "none", "limit_low": INF, "limit_high": INF, "k": 20,
-    "aggregation": "token-mean", "kl_coef": 0.0, "entropy_coef": 0.0,
+    "aggregation": "token-mean", "kl_coef": 0.0, "entropy_coef": 0.0, "penalty_coef": 0.0,
 }  # fmt: skip
 
 
@@ -103,6 +103,12 @@ def test_every_preset_takes_parts_and_is_frozen(make):
         ({"ratio_cap": math.nan}, "ratio_cap=nan must be >= 1"),
         ({"kl_coef": INF}, "kl_coef=inf must be finite"),
         ({"entropy_coef": math.nan}, "entropy_coef=nan must be finite"),
+        ({"penalty_coef": INF}, "penalty_coef=inf must be finite"),
+        ({"penalty_coef": 0.1}, "penalty_coef=0.1 needs a divergence to penalize"),
+        (
+            {"ratio_level": "sequence", "divergence": "tv", "penalty_coef": 0.1},
+            "divergence='tv' compares tokens",
+        ),
         ({"k": 0}, "k=0 must lie in 1..128"),
         ({"k": 129}, "k=129 must lie in 1..128"),
         ({"surrogate": "soft-gate", "eps_low": 0.0}, "soft gate must be > 0"),
@@ -134,7 +140,8 @@ def test_kernel_arguments_follow_the_header():
     numbers = kernel_arguments(
         dk.Objective("x", "clip", 0.1, 0.2, 3, 4, kl_coef=0.5, entropy_coef=0.6)
     )
-    assert numbers == (0, 0, 0.1, 0.2, 3, 4, INF, INF, 0.5, 0.6)
+    assert numbers == (0, 0, 0.1, 0.2, 3, 4, INF, INF, 0.5, 0.6, 0.0)
+    assert kernel_arguments(dk.dppo("kl", penalty_coef=0.7))[-1] == 0.7
     assert kernel_arguments(dk.dppo("kl", (0.7, 0.8)))[6:8] == (0.7, 0.8)
     assert tuple(range(5)) == (CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION)
 
@@ -188,9 +195,12 @@ def through_a_kernel(objective, logp, old, A, ref, backend):
     return out, gradient[:, 0].double() / -torch.expm1(logp)
 
 
+SCALAR = ("none", "binary_tv", "binary_kl")  # divergences that need no more than the scalars
+
+
 @on_kernels()
 @pytest.mark.parametrize("kl_coef", [0.0, 0.2])
-@pytest.mark.parametrize("name", [n for n in OBJECTIVES if not n.startswith(("dppo-t", "dppo-k"))])
+@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o().divergence in SCALAR])
 def test_decide_on_a_grid(name, kl_coef, use_backend):
     """Ratios from e^-25 to e^25, past where they are held."""
     steps = torch.tensor([-25, -20.5, -19.5, -5, -1, -0.3, -0.05, 0, 0.05, 0.3, 1, 5, 19.5, 25.0])
@@ -213,5 +223,5 @@ def test_decide_on_a_grid(name, kl_coef, use_backend):
     torch.testing.assert_close(g, want.g, rtol=1e-4, atol=1e-5)
     held = (doubles[0] - old.double()).abs() > MAX_LOG_RATIO
     assert held.any() or objective.divergence != "none"
-    if kl_coef == 0:
+    if kl_coef == 0 and objective.penalty_coef == 0:
         assert (g[held] == 0).all()

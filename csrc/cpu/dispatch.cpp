@@ -1,6 +1,12 @@
 // Which instruction set runs, and over how many threads.
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <stdexcept>
 #include <system_error>
 #include <thread>
@@ -39,26 +45,51 @@ std::atomic<const Isa*>& chosen() {
   return isa;
 }
 
-// Threads of our own, made for the call: no second OpenMP pool beside torch's, and nothing left
-// over for a fork to lose. Starting one costs some 20 us; a call that is worth one takes
-// milliseconds.
-template <class Row>
-void for_each_row(int64_t rows, int64_t vocab, int threads, Row&& run) {
-  constexpr int64_t kWorthAThread = 1 << 18;  // logits
-  const int64_t useful = rows * vocab / kWorthAThread + 1;
-  const int64_t count = std::min<int64_t>({threads, useful, rows});
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows;) run(row);
-  };
+// The OpenMP pool that torch runs on, found by name: this module links none, and a second pool
+// would take turns with the first, whose threads spin for milliseconds after each operator of
+// torch.
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+Parallel torch_pool() {
+#if defined(_WIN32)
+  return nullptr;
+#else
+  // A pool does not survive a fork: a child would wait for threads that it does not have.
+  static std::atomic<bool> forked{false};
+  static const Parallel pool = [] {
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  }();
+  return forked ? nullptr : pool;
+#endif
+}
+
+// Calls work() in `threads` threads, this one among them; where there is no pool, in threads of our
+// own, made for the call.
+template <class Work>
+void in_parallel(int threads, Work& work) {
+  if (threads <= 1) return work();
+  if (const Parallel pool = torch_pool())
+    return pool([](void* data) { (*static_cast<Work*>(data))(); }, &work, threads, 0);
   std::vector<std::thread> helpers;
   try {
-    for (int64_t i = 1; i < count; ++i) helpers.emplace_back(work);
+    for (int i = 1; i < threads; ++i) helpers.emplace_back(std::ref(work));
   } catch (const std::system_error&) {
     // no more threads to be had: those that run do the work
   }
   work();
   for (std::thread& helper : helpers) helper.join();
+}
+
+template <class Row>
+void for_each_row(int64_t rows, int64_t vocab, int threads, Row&& run) {
+  constexpr int64_t kWorthAThread = 1 << 18;  // logits
+  const int64_t useful = rows * vocab / kWorthAThread + 1;
+  std::atomic<int64_t> next{0};
+  auto work = [&] {
+    for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows;) run(row);
+  };
+  in_parallel(static_cast<int>(std::min<int64_t>({threads, useful, rows})), work);
 }
 
 }  // namespace

@@ -140,8 +140,8 @@ __device__ __forceinline__ bool in_vocabulary(int64_t id, int64_t vocab) {
 // A row that is not read: results 0, ratio 1, gradient 0.
 __device__ __forceinline__ bool idle(const FusedArgs& a, int64_t row) {
   if (a.weights[row] == 0.0f) return true;
-  return a.skip_zero_advantage && a.objective.kl_coef == 0.0f && a.objective.entropy_coef == 0.0f &&
-         a.advantages[row] == 0.0f;
+  return a.skip_zero_advantage && a.advantages[row] == 0.0f &&
+         !pulls_without_advantage(a.objective);
 }
 
 __device__ __forceinline__ void write_idle(const FusedArgs& a, int64_t row) {

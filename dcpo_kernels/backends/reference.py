@@ -137,9 +137,10 @@ def policy_rows(
     def cleared(x: Tensor | None, value: float = 0.0) -> Tensor | None:
         return None if x is None else torch.where(counts.view(-1, *[1] * (x.dim() - 1)), x, value)
 
-    logits = torch.where(counts[:, None], logits, 0.0)
-    target_ids = torch.where(counts, target_ids, 0)
     dtype = compute_dtype(logits)
+    # Upcast here and nowhere else: then the gradient is rounded to the dtype of the logits once.
+    logits = torch.where(counts[:, None], logits, 0.0).to(dtype)
+    target_ids = torch.where(counts, target_ids, 0)
     old_logprobs = torch.where(counts, old_logprobs, 0.0).to(dtype)
     advantages = torch.where(counts, advantages, 0.0).to(dtype)
     old_logits, topk_ids, topk_logprobs = (

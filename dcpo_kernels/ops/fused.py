@@ -20,7 +20,7 @@ _ARGUMENTS = (
     # objectives.kernel_arguments
     "int surrogate, int divergence, float eps_low, float eps_high, float ratio_max, float "
     "ratio_cap, "
-    "float limit_low, float limit_high, float kl_coef, float entropy_coef, "
+    "float limit_low, float limit_high, float kl_coef, float entropy_coef, float penalty_coef, "
     "float temperature, bool with_entropy, bool skip_zero_advantage, "
 )
 # [N] float32, entropy [0] unless asked for (or needed by the objective); clipped int8
@@ -56,7 +56,7 @@ def _run(logits, gradient, target_ids, old_logprobs, advantages, weights, *rest)
     check_ids(target_ids, weights, logits.shape[-1], "target_ids")
     if topk_ids is not None:
         check_ids(topk_ids, weights, logits.shape[-1], "topk_ids")
-    out = _results(logits, weights, objective[-1], with_entropy)
+    out = _results(logits, weights, objective[-2], with_entropy)
     if logits.numel():
         backends.kernels(backend, logits.device.type).fused(
             logits,
@@ -88,7 +88,7 @@ def _launch(logits, *rest):
 
 
 def _fake(logits, *rest):
-    weights, entropy_coef, with_entropy, with_gradient = rest[3], rest[-6], rest[-4], rest[-2]
+    weights, entropy_coef, with_entropy, with_gradient = rest[3], rest[-7], rest[-4], rest[-2]
     gradient = torch.empty(
         logits.shape if with_gradient else (0,), dtype=logits.dtype, device=logits.device
     )
@@ -100,7 +100,7 @@ def _launch_in_place(logits, *rest):
 
 
 def _fake_in_place(logits, *rest):
-    weights, entropy_coef, with_entropy = rest[3], rest[-5], rest[-3]
+    weights, entropy_coef, with_entropy = rest[3], rest[-6], rest[-3]
     return _results(logits, weights, entropy_coef, with_entropy)
 
 
