@@ -330,8 +330,8 @@ def clip_bounds(objective: Objective, old_logprobs: Tensor) -> tuple[Tensor, Ten
 
 
 def hold(log_ratio: Tensor) -> Tensor:
-    """Within +-MAX_LOG_RATIO. Unlike clamp it hands on the gradient of a NaN: where the loss is NaN,
-    a gradient of 0 would hide it."""
+    """Within +-MAX_LOG_RATIO. Unlike clamp it hands on the gradient of a NaN: where the loss is
+    NaN, a gradient of 0 would hide it."""
     x = torch.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio)
     return torch.where(x < -MAX_LOG_RATIO, -MAX_LOG_RATIO, x)
 

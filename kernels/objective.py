@@ -53,6 +53,12 @@ def hold(log_ratio):
 
 
 @triton.jit
+def sign(x):
+    """-1, 0 or 1, or NaN."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
 def binary_divergence(logprob, old_logprob, DIVERGENCE: tl.constexpr):
     """Between two policies told apart by the sampled token alone (DPPO section 4)."""
     p, q = tl.exp(logprob), tl.exp(old_logprob)
@@ -61,7 +67,18 @@ def binary_divergence(logprob, old_logprob, DIVERGENCE: tl.constexpr):
     # log(1 - p) from expm1: 1 - exp(logp) has no digits left where logp is near 0
     not_p, not_q = -expm1(logprob), -expm1(old_logprob)
     inside = tl.where(q > 0, q * (old_logprob - logprob), 0.0)
-    return inside + tl.where(not_q > 0, not_q * (tl.log(not_q) - tl.log(not_p)), 0.0)
+    log_not_p = tl.log(tl.where(not_p < MIN_REST, MIN_REST, not_p))
+    return inside + tl.where(not_q > 0, not_q * (tl.log(not_q) - log_not_p), 0.0)
+
+
+@triton.jit
+def binary_slope(logprob, old_logprob, DIVERGENCE: tl.constexpr):
+    """Its derivative in logprob."""
+    p, q = tl.exp(logprob), tl.exp(old_logprob)
+    if DIVERGENCE == BINARY_TV:
+        return p * sign(p - q)
+    not_p, not_q = -expm1(logprob), -expm1(old_logprob)
+    return tl.where(not_p < MIN_REST, 0.0, not_q * p / not_p) - q
 
 
 @triton.jit
@@ -75,6 +92,19 @@ def topk_divergence(logprobs, old_logprobs, DIVERGENCE: tl.constexpr):
         return 0.5 * (tl.sum(tl.abs(p - q), 0) + tl.abs(rest_p - rest_q))
     inside = tl.where(q > 0, q * (old_logprobs - logprobs), 0.0)
     return tl.sum(inside, 0) + rest_q * (tl.log(rest_q) - tl.log(rest_p))
+
+
+@triton.jit
+def topk_slopes(logprobs, old_logprobs, DIVERGENCE: tl.constexpr):
+    """e [K]: the divergence's gradient is e - p sum(e) in a listed logit and -p sum(e) in any
+    other, over T."""
+    p, q = tl.exp(logprobs), tl.exp(old_logprobs)
+    rest_p = 1 - tl.sum(p, 0)
+    rest_q = tl.maximum(1 - tl.sum(q, 0), MIN_REST)
+    held = rest_p < MIN_REST
+    if DIVERGENCE == TOPK_TV:
+        return 0.5 * p * (sign(p - q) - tl.where(held, 0.0, sign(rest_p - rest_q)))
+    return tl.where(held, 0.0, p * rest_q / rest_p) - q
 
 
 @triton.jit
@@ -110,18 +140,24 @@ def decide(
     limit_high,
     kl_coef,
     entropy_coef,
+    penalty_coef,
     SURROGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
+    WITH_PENALTY: tl.constexpr,
 ):
-    """loss, g = dloss/dlogprob, h = dloss/dentropy, ratio, clipped. A NaN among the log-probs makes
+    """loss, g = dloss/dlogprob, h = dloss/dentropy, ratio, clipped, and dloss/ddivergence of a
+    penalty on a top-K or full divergence; a binary one's is in g. A NaN among the log-probs makes
     all of loss, g and ratio NaN: every comparison below is false for it."""
     A = advantage
     log_ratio = logprob - old_logprob
     r = tl.exp(hold(log_ratio))
     held = tl.abs(log_ratio) > MAX_LOG_RATIO  # there the ratio is a constant
     clipped = CLIP_NONE
+    BINARY: tl.constexpr = DIVERGENCE == BINARY_TV or DIVERGENCE == BINARY_KL
+    if BINARY:
+        divergence = binary_divergence(logprob, old_logprob, DIVERGENCE)
 
     if SURROGATE == SOFT_GATE:
         # SAPO (arXiv 2511.20347): f(r) = 4/tau sigmoid(tau (r - 1))
@@ -131,11 +167,9 @@ def decide(
         g = -A * 4 * gate * (1 - gate) * r
     elif SURROGATE == REINFORCE:
         weight = tl.where(r > ratio_cap, ratio_cap, r)
-        if DIVERGENCE == NO_DIVERGENCE:
+        if DIVERGENCE == NO_DIVERGENCE or WITH_PENALTY:
             clipped = tl.where(r > ratio_cap, CLIP_CAP, CLIP_NONE)
         else:
-            if DIVERGENCE == BINARY_TV or DIVERGENCE == BINARY_KL:
-                divergence = binary_divergence(logprob, old_logprob, DIVERGENCE)
             further_up = (A > 0) & (log_ratio > 0) & (divergence > limit_high)
             further_down = (A < 0) & (log_ratio < 0) & (divergence > limit_low)
             clipped = tl.where(further_up | further_down, CLIP_REGION, CLIP_NONE)
@@ -168,4 +202,14 @@ def decide(
     if WITH_ENTROPY_TERM:
         loss -= entropy_coef * entropy
         h = -entropy_coef
-    return loss, g, h, r, clipped
+    pull = 0.0
+    if WITH_PENALTY:
+        excess = divergence - tl.where(A < 0, limit_low, limit_high)
+        beyond = tl.where(excess <= 0, 0.0, penalty_coef)  # a NaN is beyond
+        loss += tl.where(excess <= 0, 0.0, penalty_coef * excess)
+        if BINARY:
+            slope = binary_slope(logprob, old_logprob, DIVERGENCE)
+            g += tl.where(excess <= 0, 0.0, penalty_coef * slope)
+        else:
+            pull = beyond
+    return loss, g, h, r, clipped, pull

@@ -25,7 +25,9 @@ from dcpo_kernels.kernels.objective import (
     TOPK_TV,
     decide,
     expm1,
+    sign,
     topk_divergence,
+    topk_slopes,
 )
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -175,6 +177,20 @@ def gradient_of_tile(
 
 
 @triton.jit
+def gradient_at(
+    x, is_target, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM: tl.constexpr
+):
+    """Of single logits, before it is rounded. 1 - p from expm1: nothing is left of it in float32
+    where p is near 1."""
+    logprob = (x - row_max) / temperature - log_sum
+    p = tl.exp(logprob)
+    gradient = g * tl.where(is_target, -expm1(logprob), -p)
+    if WITH_ENTROPY_TERM:
+        gradient -= h * tl.where(p == 0, 0.0, p * (logprob + entropy))
+    return gradient / temperature
+
+
+@triton.jit
 def write_row(
     x,
     dx,  # may be x
@@ -197,17 +213,14 @@ def write_row(
     once."""
     scale = LOG2E / temperature
     offset = log_sum * LOG2E
-    # 1 - p from expm1: nothing is left of it in float32 where p is near 1.
-    logprob = (x_target - row_max) / temperature - log_sum
-    entry = g * -expm1(logprob)
+    entry = gradient_at(
+        x_target, True, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM
+    )
     a = 0.0
     b = -g / temperature
     if WITH_ENTROPY_TERM:
-        p = tl.exp(logprob)
-        entry -= h * tl.where(p == 0, 0.0, p * (logprob + entropy))
         a = -h * LN2 / temperature
         b -= h * entropy / temperature
-    entry /= temperature
 
     end = last_tile(vocab, BLOCK)
     here = step < vocab - end - lane
@@ -253,16 +266,24 @@ def zero_row(dx, lane, step, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def policies_of_tile(x, old, row_max, offset, old_max, old_offset, scale):
+    """log2 p, log2 q and q of a tile."""
+    log_p = (x.to(tl.float32) - row_max) * scale - offset
+    log_q = (old.to(tl.float32) - old_max) * scale - old_offset
+    return log_p, log_q, tl.exp2(log_q)
+
+
+@triton.jit
 def divergence_of_tile(
     x, old, row_max, offset, old_max, old_offset, scale, DIVERGENCE: tl.constexpr
 ):
-    """Each lane's part of sum |p - q|, or of sum q (log2 q - log2 p)."""
-    log_p = (x.to(tl.float32) - row_max) * scale - offset
-    log_q = (old.to(tl.float32) - old_max) * scale - old_offset
-    q = tl.exp2(log_q)
+    """Each lane's part of sum |p - q| and sum sign(p - q) p, or of sum q (log2 q - log2 p)."""
+    log_p, log_q, q = policies_of_tile(x, old, row_max, offset, old_max, old_offset, scale)
     if DIVERGENCE == FULL_TV:
-        return lane_sum(tl.abs(tl.exp2(log_p) - q))
-    return lane_sum(tl.where(q == 0, 0.0, q * (log_q - log_p)))  # 0 (-inf + inf) is NaN
+        p = tl.exp2(log_p)
+        return lane_sum(tl.abs(p - q)), lane_sum(p * sign(p - q))
+    terms = lane_sum(tl.where(q == 0, 0.0, q * (log_q - log_p)))  # 0 (-inf + inf) is NaN
+    return terms, terms
 
 
 @triton.jit
@@ -272,6 +293,9 @@ def full_divergence(
     row_max,
     log_sum,
     old_x,
+    old_last,
+    old_max,
+    old_log_sum,
     lane,
     step,
     vocab,
@@ -279,14 +303,12 @@ def full_divergence(
     BLOCK: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
-    """TV, or KL(q || p), over the vocabulary (DPPO section 4), q from a row of old logits."""
+    """TV, or KL(q || p), over the vocabulary (DPPO section 4), q from a row of old logits. And, for
+    TV's gradient, sum sign(p - q) p."""
     scale = LOG2E / temperature
     offset = log_sum * LOG2E
-    old_max, old_log_sum, _, old_last = read_row(
-        old_x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY=False, AGAIN=True
-    )
     old_offset = old_log_sum * LOG2E
-    parts = divergence_of_tile(
+    parts, drifts = divergence_of_tile(
         last, old_last, row_max, offset, old_max, old_offset, scale, DIVERGENCE
     )
     end = last_tile(vocab, BLOCK)
@@ -294,10 +316,113 @@ def full_divergence(
         at = end - BLOCK - done + lane + step
         tile = tl.load(x + at, eviction_policy="evict_last")
         old = tl.load(old_x + at, eviction_policy="evict_first")
-        parts += divergence_of_tile(
+        part, drift = divergence_of_tile(
             tile, old, row_max, offset, old_max, old_offset, scale, DIVERGENCE
         )
-    return tl.sum(parts, 0) * (0.5 if DIVERGENCE == FULL_TV else LN2)
+        parts += part
+        drifts += drift
+    return tl.sum(parts, 0) * (0.5 if DIVERGENCE == FULL_TV else LN2), tl.sum(drifts, 0)
+
+
+@triton.jit
+def pulled_gradient_of_tile(
+    x,
+    old,
+    is_target,
+    entry,
+    row_max,
+    offset,
+    old_max,
+    old_offset,
+    scale,
+    a,
+    b,
+    pull,
+    drift,
+    DIVERGENCE: tl.constexpr,
+):
+    """gradient_of_tile, and pull times the divergence's gradient: p - q of KL, p (sign(p - q) -
+    drift) / 2 of TV."""
+    log_p, _, q = policies_of_tile(x, old, row_max, offset, old_max, old_offset, scale)
+    p = tl.exp2(log_p)
+    tile = tl.where(is_target, entry, p * (b + a * tl.maximum(log_p, -127.0)))
+    if DIVERGENCE == FULL_TV:
+        return tile + 0.5 * pull * p * (sign(p - q) - drift)
+    return tile + pull * (p - q)
+
+
+@triton.jit
+def write_pulled_row(
+    x,
+    dx,  # may be x
+    last,
+    old_x,
+    old_last,
+    lane,
+    step,
+    vocab,
+    target,
+    x_target,
+    row_max,
+    log_sum,
+    old_max,
+    old_log_sum,
+    entropy,
+    g,
+    h,
+    pull,
+    drift,
+    temperature,
+    BLOCK: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+):
+    """write_row for a row that a penalty on a full divergence pulls at."""
+    scale = LOG2E / temperature
+    offset = log_sum * LOG2E
+    old_offset = old_log_sum * LOG2E
+    entry = gradient_at(x_target, True, row_max, log_sum, entropy, g, h, temperature, True)
+    a = -h * LN2 / temperature
+    b = -(g + h * entropy) / temperature
+    pull /= temperature
+
+    end = last_tile(vocab, BLOCK)
+    last = pulled_gradient_of_tile(
+        last,
+        old_last,
+        step == target - end - lane,
+        entry,
+        row_max,
+        offset,
+        old_max,
+        old_offset,
+        scale,
+        a,
+        b,
+        pull,
+        drift,
+        DIVERGENCE,
+    )
+    tl.store(dx + end + lane + step, last.to(dx.dtype.element_ty), mask=step < vocab - end - lane)
+    for done in range(0, end, BLOCK):
+        start = end - BLOCK - done
+        at = start + lane + step
+        tile = pulled_gradient_of_tile(
+            tl.load(x + at, eviction_policy="evict_first"),
+            tl.load(old_x + at, eviction_policy="evict_first"),
+            step == target - start - lane,
+            entry,
+            row_max,
+            offset,
+            old_max,
+            old_offset,
+            scale,
+            a,
+            b,
+            pull,
+            drift,
+            DIVERGENCE,
+        )
+        tl.store(dx + at, tile.to(dx.dtype.element_ty), eviction_policy="evict_first")
 
 
 # ---- the kernels --------------------------------------------------------------------------------
@@ -340,10 +465,12 @@ def fused(
     limit_high: tl.float32,
     kl_coef: tl.float32,
     entropy_coef: tl.float32,
+    penalty_coef: tl.float32,
     SURROGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     WITH_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
+    WITH_PENALTY: tl.constexpr,
     SKIP_ZERO_ADVANTAGE: tl.constexpr,
     ALIGNED: tl.constexpr,  # logits; the next two: gradient, old_logits
     GRADIENT_ALIGNED: tl.constexpr,
@@ -365,7 +492,7 @@ def fused(
         weight = tl.load(weights + row)
         advantage = tl.load(advantages + row)
         reads = weight != 0
-        if SKIP_ZERO_ADVANTAGE and not WITH_KL and not WITH_ENTROPY_TERM:
+        if SKIP_ZERO_ADVANTAGE and not (WITH_KL or WITH_ENTROPY_TERM or WITH_PENALTY):
             reads = reads & (advantage != 0)
         if reads:
             # Single logits are fetched before the row is reduced: the reduction has a barrier, and
@@ -408,17 +535,24 @@ def fused(
             if TOPK:
                 new = (x_listed - row_max) / temperature - log_sum
                 old = tl.load(topk_logprobs + at, mask=given, other=float("-inf"))
-                divergence = topk_divergence(new, tl.where(sampled, old_logprob, old), DIVERGENCE)
+                old = tl.where(sampled, old_logprob, old)
+                divergence = topk_divergence(new, old, DIVERGENCE)
             if FULL:
                 old_x = row_of(
                     old_logits, row, per_batch, old_batch_stride, old_row_stride, OLD_ALIGNED
                 )
-                divergence = full_divergence(
+                old_max, old_log_sum, _, old_last = read_row(
+                    old_x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY=False, AGAIN=True
+                )
+                divergence, drift = full_divergence(
                     x,
                     last,
                     row_max,
                     log_sum,
                     old_x,
+                    old_last,
+                    old_max,
+                    old_log_sum,
                     lane,
                     step,
                     vocab,
@@ -426,7 +560,7 @@ def fused(
                     BLOCK,
                     DIVERGENCE,
                 )
-            loss, g, h, r, code = decide(
+            loss, g, h, r, code, pull = decide(
                 logprob,
                 old_logprob,
                 advantage,
@@ -442,10 +576,12 @@ def fused(
                 limit_high,
                 kl_coef,
                 entropy_coef,
+                penalty_coef,
                 SURROGATE,
                 DIVERGENCE,
                 WITH_KL,
                 WITH_ENTROPY_TERM,
+                WITH_PENALTY,
             )
             tl.store(token_loss + row, loss)
             tl.store(logprobs + row, logprob)
@@ -465,7 +601,37 @@ def fused(
                 )
                 g *= weight
                 h *= weight
-                if (g == 0) & (h == 0):
+                pull *= weight
+                total = 0.0
+                if TOPK and WITH_PENALTY:
+                    slopes = pull * topk_slopes(new, old, DIVERGENCE)
+                    total = tl.sum(slopes, 0)
+                if FULL and WITH_PENALTY:
+                    write_pulled_row(
+                        x,
+                        dx,
+                        last,
+                        old_x,
+                        old_last,
+                        lane,
+                        step,
+                        vocab,
+                        target,
+                        x_target,
+                        row_max,
+                        log_sum,
+                        old_max,
+                        old_log_sum,
+                        entropy,
+                        g,
+                        h,
+                        pull,
+                        drift,
+                        temperature,
+                        BLOCK,
+                        DIVERGENCE,
+                    )
+                elif (g + total == 0) & (h == 0):
                     zero_row(dx, lane, step, vocab, BLOCK)
                 else:
                     write_row(
@@ -480,12 +646,30 @@ def fused(
                         row_max,
                         log_sum,
                         entropy,
-                        g,
+                        g + total,
                         h,
                         temperature,
                         BLOCK,
                         WITH_ENTROPY_TERM,
                     )
+                if TOPK and WITH_PENALTY:
+                    # The listed logits again, from where they were fetched.
+                    tl.debug_barrier()
+                    ids = tl.where(sampled, target, ids)
+                    entries = gradient_at(
+                        x_listed,
+                        ids == target,
+                        row_max,
+                        log_sum,
+                        entropy,
+                        g,
+                        h,
+                        temperature,
+                        WITH_ENTROPY_TERM,
+                    )
+                    entries += (slopes - tl.exp(new) * total) / temperature
+                    inside = (ids >= 0) & (ids < vocab)
+                    tl.store(dx + ids, entries.to(dx.dtype.element_ty), mask=inside)
         else:
             tl.store(token_loss + row, 0.0)
             tl.store(logprobs + row, 0.0)

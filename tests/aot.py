@@ -1,13 +1,14 @@
 """Compiles what backend="triton" would run, for GPUs that aren't here, and prints what came of it.
 
-`python tests/aot.py sm_90 core` (or all) prints a JSON list, one entry a compiled kernel. Every
-entry went through the operator and the launcher, so it has the constants, block and warps that a
-GPU would get.
+`python tests/aot.py sm_90 all` prints a JSON list, one entry a compiled kernel. Every entry went
+through the operator and the launcher, so it has the constants, block and warps that a GPU would
+get. `python tests/aot.py sm_90 count` prints how often each kernel was compiled for twenty batches.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import triton
 import dcpo_kernels as dk
 from dcpo_kernels import ops
 from dcpo_kernels.backends import triton as backend
+from dcpo_kernels.kernels import row as kernels
 from dcpo_kernels.objectives import DIVERGENCES, SURROGATES, Objective, kernel_arguments
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -30,6 +32,7 @@ OBJECTIVES = {
     **{name: Objective(name, surrogate=name) for name in SURROGATES},
     **{name: dk.dppo(name) for name in DIVERGENCES if name != "none"},
 }
+PENALTIES = [dk.dppo(name, penalty_coef=0.1) for name in DIVERGENCES if name != "none"]
 SEVERAL_TILES, ONE_TILE, SMALL, ODD = 151936, 32000, 1000, 50257
 
 
@@ -68,21 +71,21 @@ def call_scale(dtype: str, vocab: int) -> None:
     ops.scale_(torch.zeros(1, vocab, dtype=DTYPES[dtype]), torch.ones(()), "triton")
 
 
-def variants(which: str) -> list[tuple[str, Any, tuple]]:
+def variants() -> list[tuple[Any, tuple]]:
     dcpo = OBJECTIVES["dynamic-clip"]
     calls = [(call_fused, (dcpo, dtype, SEVERAL_TILES, True)) for dtype in DTYPES]
     calls += [(call_fused, (OBJECTIVES["kl"], dtype, SEVERAL_TILES, True)) for dtype in DTYPES]
     calls += [(call_stats, (dtype, SEVERAL_TILES, True)) for dtype in ("bf16", "fp32")]
     calls += [(call_gradient, (dtype, SEVERAL_TILES, True)) for dtype in ("bf16", "fp32")]
     calls += [(call_scale, (dtype, SEVERAL_TILES)) for dtype in ("bf16", "fp32")]
-    if which == "all":
-        calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in OBJECTIVES.values()]
-        calls += [(call_fused, (dcpo, dtype, SEVERAL_TILES)) for dtype in ("fp16", "fp32")]
-        calls += [(call_fused, (dcpo, "bf16", vocab)) for vocab in (SMALL, 7000, ODD)]
-        calls += [(call_fused, (dcpo, "bf16", SEVERAL_TILES, False, False))]
-        calls += [(call_stats, ("fp16", vocab, False)) for vocab in (SEVERAL_TILES, SMALL, ODD)]
-        calls += [(call_gradient, ("fp16", vocab, False)) for vocab in (SEVERAL_TILES, SMALL, ODD)]
-        calls += [(call_scale, ("fp16", vocab)) for vocab in (SMALL, ODD)]
+    calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in OBJECTIVES.values()]
+    calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in PENALTIES]
+    calls += [(call_fused, (dcpo, dtype, SEVERAL_TILES)) for dtype in ("fp16", "fp32")]
+    calls += [(call_fused, (dcpo, "bf16", vocab)) for vocab in (ONE_TILE, SMALL, 7000, ODD)]
+    calls += [(call_fused, (dcpo, "bf16", SEVERAL_TILES, False, False))]
+    calls += [(call_stats, ("fp16", vocab, False)) for vocab in (SEVERAL_TILES, SMALL, ODD)]
+    calls += [(call_gradient, ("fp16", vocab, False)) for vocab in (SEVERAL_TILES, SMALL, ODD)]
+    calls += [(call_scale, ("fp16", vocab)) for vocab in (SMALL, ODD)]
     return calls
 
 
@@ -118,9 +121,9 @@ def facts_of(compiled) -> dict[str, Any]:
     }
 
 
-def compile_all(which: str) -> list[dict[str, Any]]:
+def compile_all() -> list[dict[str, Any]]:
     facts = []
-    for call, arguments in variants(which):
+    for call, arguments in variants():
         before = set(backend._compiled)
         call(*arguments)
         (key,) = set(backend._compiled) - before or {None}
@@ -149,12 +152,38 @@ def arguments_size(arguments: tuple) -> int:
     return next(DTYPES[a].itemsize for a in arguments if isinstance(a, str) and a in DTYPES)
 
 
+def count_compilations() -> dict[str, int]:
+    draw = random.Random(0)
+    for _ in range(20):
+        rows, vocab = draw.randint(1, 99), 8 * draw.randint(5000, 40000)
+        logits = torch.empty(rows, vocab, dtype=torch.bfloat16, requires_grad=True)
+        ids, row = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+        lengths = [draw.randint(0, rows)]
+        lengths.append(rows - lengths[0])
+        bounds = draw.random(), draw.random()
+        for objective in (dk.dcpo(*bounds, 1 + draw.random()), dk.gspo(*bounds)):
+            dk.policy_loss(
+                *(logits, ids, row, row),
+                lengths=lengths,
+                objective=objective,
+                temperature=0.5 + draw.random(),
+                backend="triton",
+            ).loss.backward(torch.tensor(draw.random()))
+    return {
+        name: sum(len(caches[0]) for caches in getattr(kernels, name).device_caches.values())
+        for name in ("fused", "row_stats", "row_gradient", "scale")
+    }
+
+
 if __name__ == "__main__":
     arch, which = sys.argv[1:]
+    if which == "count":
+        print(json.dumps(count_compilations()))
+        sys.exit()
     if arch == "gfx942":
         torch.version.hip = "6.0"
         gpuless.use("hip", arch, 64)
-        entries = compile_all(which)
+        entries = compile_all()
         for entry in entries:
             assembly = entry.pop("compiled").asm["amdgcn"]
             entry["float64"] = assembly.count("_f64")
@@ -162,7 +191,7 @@ if __name__ == "__main__":
             entry["wide_stores"] = assembly.count("store_dwordx4")
     else:
         gpuless.use("cuda", int(arch.removeprefix("sm_")), 32)
-        entries = compile_all(which)
+        entries = compile_all()
         for entry in entries:
             entry |= facts_of(entry.pop("compiled"))
     print(json.dumps(entries))

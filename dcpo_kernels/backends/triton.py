@@ -153,7 +153,7 @@ def fused(
 ) -> None:
     surrogate, divergence, *numbers = objective
     entropies = entropy if entropy.numel() else None
-    kl_coef, entropy_coef = numbers[-2:]
+    kl_coef, entropy_coef, penalty_coef = numbers[-3:]
     strides, aligned = _layout(logits)
     gradient_strides, gradient_aligned = old_strides, old_aligned = strides, aligned
     if gradient is not None and gradient is not logits:
@@ -193,6 +193,7 @@ def fused(
         divergence,
         kl_coef != 0,
         entropy_coef != 0,
+        penalty_coef != 0,
         skip_zero_advantage,
         aligned=(aligned, gradient_aligned, old_aligned),
         registers=32
