@@ -7,6 +7,7 @@ get. `python tests/aot.py sm_90 count` prints how often each kernel was compiled
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -89,9 +90,25 @@ def variants() -> list[tuple[Any, tuple]]:
     return calls
 
 
+def sweeps_of(sass: str) -> str:
+    """The innermost loops: from a label to a branch back to it, with no such pair in between."""
+    lines = sass.splitlines()
+    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    branches = ((re.search(r"BRA.*`\((\.L_x_\d+)\)", line), i) for i, line in enumerate(lines))
+    loops = [(labels[b[1]], end) for b, end in branches if b and labels[b[1]] < end]
+    innermost = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
+    ]
+    sweeps = [lines[start:end] for start, end in innermost if end - start > 1]
+    assert sweeps
+    return "\n".join(itertools.chain(*sweeps))
+
+
 def facts_of(compiled) -> dict[str, Any]:
-    """What the assembler says of a kernel: loads and stores by width, float64, registers, "
-    "spills."""
+    """What the assembler says of a kernel: loads and stores by width, float64, registers, bytes of
+    local memory, spills in its sweeps."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -101,7 +118,8 @@ def facts_of(compiled) -> dict[str, Any]:
             for tool, rest in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
         )
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    operations = re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)", sass)
+    operation = re.compile(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)")
+    operations = operation.findall(sass)
     assert numbers and operations
 
     def count(pattern):
@@ -111,7 +129,7 @@ def facts_of(compiled) -> dict[str, Any]:
         "registers": numbers["REG"],
         "stack": numbers["STACK"] + numbers["LOCAL"],
         "shared": compiled.metadata.shared,
-        "spills": count(r"(LDL|STL)\b"),
+        "spills": sum(o.startswith(("LDL", "STL")) for o in operation.findall(sweeps_of(sass))),
         "wide_loads": count(r"LDG\b.*\.128$"),
         "other_loads": count(r"LDG\b(?!.*\.128$)"),
         "wide_stores": count(r"STG\b.*\.128$"),
@@ -131,12 +149,13 @@ def compile_all() -> list[dict[str, Any]]:
             continue
         shown = [getattr(a, "name", a) for a in arguments]
         if isinstance(arguments[0], Objective) and arguments[0].divergence != "none":
-            shown[0] = arguments[0].divergence
+            shown[0] = f"{arguments[0].divergence} penalty {arguments[0].penalty_coef}"
         name, _, _, constants, _ = key
         facts.append(
             {
                 "kernel": name,
                 "of": shown,
+                "writes": call is not call_fused or len(arguments) < 5,
                 "aligned": constants[
                     -3
                     - (1 if name in ("row_stats", "scale") else 2 if name == "row_gradient" else 3)

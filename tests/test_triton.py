@@ -279,11 +279,20 @@ def compiled(arch: str) -> list[dict[str, Any]]:
     return entries
 
 
-NVIDIA = pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 # Sweeps of a row: over all tiles but the last, and over the last.
 LOADS = {"fused": 3, "row_stats": 2, "row_gradient": 2, "scale": 1}
 STORES = {"fused": 2, "row_stats": 0, "row_gradient": 2, "scale": 1}
 SCALARS = {"fused": 12, "row_stats": 4, "row_gradient": 8, "scale": 1}  # loads of one value a row
+
+
+def on(*archs: str):
+    """Those of one GPU go to one worker: they look at the same kernels."""
+    return pytest.mark.parametrize(
+        "arch", [pytest.param(arch, marks=pytest.mark.xdist_group(arch)) for arch in archs]
+    )
+
+
+NVIDIA = on("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 @compiles
@@ -292,8 +301,9 @@ def test_loads_and_stores_are_16_bytes_where_rows_allow_it(arch):
     for entry in compiled(arch):
         kernel, vectors = entry["kernel"], entry["vectors"]
         if entry["aligned"]:
-            assert entry["wide_loads"] >= LOADS[kernel] * vectors, entry
-            assert entry["wide_stores"] >= STORES[kernel] * vectors, entry
+            loads, stores = (LOADS[kernel], STORES[kernel]) if entry["writes"] else (2, 0)
+            assert entry["wide_loads"] >= loads * vectors, entry
+            assert entry["wide_stores"] >= stores * vectors, entry
             assert entry["other_loads"] <= SCALARS[kernel], entry
             assert entry["other_stores"] <= 10, entry
         else:
@@ -305,23 +315,25 @@ def test_loads_and_stores_are_16_bytes_where_rows_allow_it(arch):
 @NVIDIA
 def test_nothing_spills_and_everything_fits(arch):
     for entry in compiled(arch):
-        assert entry["spills"] == 0 and entry["stack"] == 0, entry
+        # Some assemblers put a scalar or two of the row aside, once a row.
+        assert entry["spills"] == 0 and entry["stack"] <= 16, entry
         # A multiprocessor has 65,536 registers for the 512 threads that the launcher counts on.
         assert entry["registers"] <= 128, entry
         assert entry["shared"] <= 256, entry
 
 
 @compiles
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+@on("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 def test_no_float64(arch):
     for entry in compiled(arch):
         assert entry["float64"] == 0, entry
 
 
 @compiles
-def test_nothing_keeps_an_amd_gpu_out():
-    for entry in compiled("gfx942"):
-        if entry["aligned"]:
+@on("gfx942")
+def test_nothing_keeps_an_amd_gpu_out(arch):
+    for entry in compiled(arch):
+        if entry["aligned"] and entry["writes"]:
             assert entry["wide_loads"] >= LOADS[entry["kernel"]] * entry["vectors"], entry
 
 

@@ -78,6 +78,8 @@ def _shape(
         each *= registers // few
     # Triton 3.10 changes the default of enable_fp_fusion; the bits should not change with it.
     options: dict[str, Any] = {"num_warps": lanes // warp, "enable_fp_fusion": True}
+    if torch.version.hip is None:  # else ptxas may spill to fit in 64
+        options["maxnreg"] = 65536 // _THREADS
     return multiprocessors * (_THREADS // lanes), (lanes * each, lanes), options
 
 
