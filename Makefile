@@ -21,7 +21,7 @@ bench: $(VENV)/test
 	dcpo bench $(ARGS)
 
 test: lint
-	pytest
+	pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/test
 	ruff check

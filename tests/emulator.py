@@ -5,6 +5,7 @@ Kept under build/ until a source changes.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -39,10 +40,15 @@ def build(name: str, sources: tuple[str, ...], *flags: str) -> Path:
         if old != current:
             shutil.rmtree(old, ignore_errors=True)
     folder = current / ("-".join(flag.lstrip("-") for flag in flags) or "plain")
-    target = folder / name
-    if target.exists():
-        return target
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # another process may be at it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name).exists():
+            compile_in(folder, name, sources, flags)
+    return folder / name
+
+
+def compile_in(folder: Path, name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> None:
     include = [f"-I{path}" for path in (CSRC, pybind11.get_include())]
     include += [f"-I{sysconfig.get_path('include')}"]
     # Contraction would give lanes what no GPU does, and the sanitizers want line numbers.
@@ -60,14 +66,13 @@ def build(name: str, sources: tuple[str, ...], *flags: str) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, sources))
-    partial = target.with_suffix(".tmp")
+    partial = folder / f"{name}.tmp"
     subprocess.run(
         ["g++", *flags, *map(str, objects), "-pthread", "-o", str(partial)]
         + (["-shared"] if name.endswith(".so") else []),
         check=True,
     )
-    partial.rename(target)
-    return target
+    partial.rename(folder / name)
 
 
 @functools.cache

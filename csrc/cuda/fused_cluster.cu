@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     T* element = reinterpret_cast<T*>(chunk) + at;
     const float logit = mine ? widen(*element) : 0.0f;
     write_chunk<kEntropy, T>(gradient, chunk, bytes, lane);
-    if (mine) narrow(target_gradient_of<kEntropy>(gradient, logit), *element);
+    if (mine) narrow(gradient_at<kEntropy>(gradient, logit, true), *element);
     hopper::fence_async();
     __syncwarp();
     if (lane == 0) {

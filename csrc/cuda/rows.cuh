@@ -171,7 +171,8 @@ __device__ __forceinline__ RowInputs load_inputs(const FusedArgs& a, int64_t row
 struct RowGradient {
   float max, scale, offset, a, b;
   float g, h, log_sum, entropy, temperature;
-  bool zero;  // nothing pulls at this row: zeros, whatever its logits are
+  float pull;  // dloss/ddivergence of a penalty, weighted; not part of a, b and g
+  bool zero;   // nothing pulls at this row: zeros, whatever its logits are
 };
 
 template <bool kEntropy>
@@ -188,6 +189,7 @@ __device__ __forceinline__ RowGradient row_gradient_of(float g, float h, float m
   c.log_sum = log_sum;
   c.entropy = entropy;
   c.temperature = temperature;
+  c.pull = 0.0f;
   c.zero = g == 0.0f && h == 0.0f;
   return c;
 }
@@ -218,8 +220,10 @@ __device__ __forceinline__ RowGradient decide_row(const FusedArgs& a, int64_t ro
     a.ratio[row] = d.ratio;
     a.clipped[row] = d.clipped;
   }
-  return row_gradient_of<kEntropy>(in.weight * d.g, in.weight * d.h, s.max, log_sum_of(s),
-                                   t.entropy, temperature);
+  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * d.h, s.max, log_sum_of(s),
+                                            t.entropy, temperature);
+  c.pull = in.weight * d.pull;
+  return c;
 }
 
 // ---- write --------------------------------------------------------------------------------------
@@ -231,12 +235,12 @@ __device__ __forceinline__ float gradient_of(const RowGradient& c, float x) {
   return exp2_approx(y) * (c.b + c.a * fmaxf(y, -127.0f));
 }
 
-// Of the target. 1 - p from expm1: nothing is left of it in float32 where p is near 1. Where p is
-// 0, so is p log p.
+// Of one logit. 1 - p from expm1: nothing is left of it in float32 where p is near 1. Where p is 0,
+// so is p log p.
 template <bool kEntropy>
-__device__ __forceinline__ float target_gradient_of(const RowGradient& c, float x) {
+__device__ __forceinline__ float gradient_at(const RowGradient& c, float x, bool is_target) {
   const float logp = (x - c.max) / c.temperature - c.log_sum;
-  float value = c.g * -expm1f(logp);
+  float value = c.g * (is_target ? -expm1f(logp) : -expf(logp));
   if (kEntropy) {
     const float p = expf(logp);
     value -= c.h * (p > 0.0f || !(logp == logp) ? p * (logp + c.entropy) : 0.0f);

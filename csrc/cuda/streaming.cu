@@ -96,7 +96,7 @@ __device__ void write_row(const T* x, T* dx, int64_t vocab, int64_t target, cons
     const int64_t first = span.head + begin * kPack<T>;
     for (int64_t j = span.head + end * kPack<T> - 1 - thread; j >= first; j -= threads) element(j);
   }
-  if (mine) narrow(target_gradient_of<kEntropy>(c, target_logit), dx[target]);
+  if (mine) narrow(gradient_at<kEntropy>(c, target_logit, true), dx[target]);
 }
 
 // ---- over a block -------------------------------------------------------------------------------
@@ -135,52 +135,117 @@ struct BlockTotals {
 
 // ---- divergences over more than the sampled token -----------------------------------------------
 
+// One of the tokens of a top-K divergence, in the thread of its place in the list; the sampled
+// token, where it is not listed, in the one after them.
+struct Listed {
+  bool there = false;
+  int64_t id = -1;
+  float logit = -INFINITY, old_logprob = -INFINITY;
+  float mass_p = 0.0f, mass_q = 0.0f;  // of all of them
+};
+static_assert(kMaxK < kReadThreads, "every block has a thread for each listed token and one more");
+
 // Over the K listed tokens, the sampled one (where it is not among them) and one bucket for the
-// rest; every warp for itself. NaN for an id outside the vocabulary.
+// rest. NaN for an id outside the vocabulary.
 template <class T>
 __device__ float topk_divergence(const FusedArgs& a, int64_t row, const T* x, const Sums& sums,
-                                 const RowInputs& in, float logprob) {
-  const int kind = a.objective.divergence, lane = threadIdx.x % 32;
-  float total = 0.0f, mass_p = 0.0f, mass_q = 0.0f;
-  bool listed = false, outside = false;
-  auto add = [&](float logp, float old_logp) {
-    total += topk_term(kind, logp, old_logp);
-    mass_p += expf(logp);
-    mass_q += expf(old_logp);
-  };
-  for (int64_t i = lane; i < a.k; i += 32) {
-    const int64_t id = a.topk_ids[row * a.k + i];
-    listed |= id == in.target;
-    const bool known = in_vocabulary(id, a.shape.vocab);
-    outside |= !known;
-    const float logit = known ? widen(x[id]) : NAN;
-    add(logprob_of(sums, logit, a.shape.temperature), a.topk_logprobs[row * a.k + i]);
+                                 const RowInputs& in, float target_logit, BlockTotals& block,
+                                 Listed& mine) {
+  const int kind = a.objective.divergence, thread = threadIdx.x, k = static_cast<int>(a.k);
+  bool sampled = false, outside = false;
+  if (thread < k) {
+    const int64_t id = a.topk_ids[row * a.k + thread];
+    sampled = id == in.target;
+    outside = !in_vocabulary(id, a.shape.vocab);
+    mine = {!outside, id, outside ? NAN : widen(x[id]), a.topk_logprobs[row * a.k + thread]};
   }
-  if (__ballot_sync(kAllLanes, outside) != 0) return NAN;
-  if (__ballot_sync(kAllLanes, listed) == 0 && lane == 0) add(logprob, in.old_logprob);
-  return finish_topk(kind, warp_sum(total), warp_sum(mass_p), warp_sum(mass_q));
+  const bool listed = block.total(sampled ? 1.0f : 0.0f) > 0.0f;
+  if (thread == k && !listed) mine = {true, in.target, target_logit, in.old_logprob};
+  float term = 0.0f, p = 0.0f, q = 0.0f;
+  if (mine.there) {
+    const float logp = logprob_of(sums, mine.logit, a.shape.temperature);
+    term = topk_term(kind, logp, mine.old_logprob);
+    p = expf(logp);
+    q = expf(mine.old_logprob);
+  }
+  if (outside) term = NAN;
+  mine.mass_p = block.total(p);
+  mine.mass_q = block.total(q);
+  return finish_topk(kind, block.total(term), mine.mass_p, mine.mass_q);
 }
 
-// KL(q || p) or TV over the whole vocabulary, q from the row of old logits.
+// write_row, and c.pull times the gradient of the divergence (topk_slope).
 template <class T>
-__device__ float full_divergence(const FusedArgs& a, int64_t row, const T* x, const Sums& sums,
-                                 BlockTotals& block) {
-  const T* old = row_of<const T>(a.old_logits, row);
-  const float scale = kLog2E / a.shape.temperature;
-  const Sums old_sums = block.total<false>(read_row<false>(old, a.shape.vocab, scale), scale);
-  const float p_offset = log_sum_of(sums) * kLog2E, q_offset = log_sum_of(old_sums) * kLog2E;
-  const bool tv = a.objective.divergence == kFullTv;
-  float total = 0.0f;
-  for (int64_t j = threadIdx.x; j < a.shape.vocab; j += blockDim.x) {
-    const float log_p = (widen(x[j]) - sums.max) * scale - p_offset;
-    const float log_q = (widen(old[j]) - old_sums.max) * scale - q_offset;
-    const float q = exp2_approx(log_q);
-    if (tv)
-      total += fabsf(exp2_approx(log_p) - q);
-    else if (q != 0.0f)  // 0 (-inf - ...) is NaN
-      total += q * (log_q - log_p);
+__device__ void write_row_with_topk(const FusedArgs& a, const T* x, T* dx, const RowInputs& in,
+                                    const RowGradient& c, BlockTotals& block, const Listed& mine) {
+  float p = 0.0f, slope = 0.0f;
+  if (mine.there) {
+    const float logp = (mine.logit - c.max) / c.temperature - c.log_sum;
+    p = expf(logp);
+    slope = topk_slope(a.objective.divergence, logp, mine.old_logprob, mine.mass_p, mine.mass_q);
   }
+  const float total = block.total(slope);
+  const RowGradient others =
+      row_gradient_of<true>(c.g + c.pull * total, c.h, c.max, c.log_sum, c.entropy, c.temperature);
+  write_row<true>(x, dx, a.shape.vocab, in.target, others, 0, Span<T>(x, a.shape.vocab).packs,
+                  true);
+  __syncthreads();
+  if (mine.there && in_vocabulary(mine.id, a.shape.vocab))
+    narrow(gradient_at<true>(c, mine.logit, mine.id == in.target) +
+               c.pull * (slope - p * total) / c.temperature,
+           dx[mine.id]);
+}
+
+// A row of new logits beside one of old ones: what makes probabilities of both.
+struct Pair {
+  float scale, p_max, p_offset, q_max, q_offset;
+
+  __device__ Pair(const Sums& sums, const Sums& old, float scale_)
+      : scale(scale_),
+        p_max(sums.max),
+        p_offset(log_sum_of(sums) * kLog2E),
+        q_max(old.max),
+        q_offset(log_sum_of(old) * kLog2E) {}
+  __device__ float log_p(float x) const { return (x - p_max) * scale - p_offset; }
+  __device__ float log_q(float x) const { return (x - q_max) * scale - q_offset; }
+};
+
+// KL(q || p) or TV over the whole vocabulary, q from the row of old logits; and sum sign(p - q) p,
+// which TV's gradient wants.
+template <class T>
+__device__ float full_divergence(const FusedArgs& a, const T* x, const T* old, const Pair& pair,
+                                 BlockTotals& block, float& drift) {
+  const bool tv = a.objective.divergence == kFullTv;
+  float total = 0.0f, drifted = 0.0f;
+  for (int64_t j = threadIdx.x; j < a.shape.vocab; j += blockDim.x) {
+    const float log_p = pair.log_p(widen(x[j])), log_q = pair.log_q(widen(old[j]));
+    const float q = exp2_approx(log_q);
+    if (tv) {
+      const float p = exp2_approx(log_p);
+      total += fabsf(p - q);
+      drifted += p * sign(p - q);
+    } else if (q != 0.0f) {  // 0 (-inf - ...) is NaN
+      total += q * (log_q - log_p);
+    }
+  }
+  drift = block.total(drifted);
   return block.total(total) * (tv ? 0.5f : kLn2);
+}
+
+// write_row, and c.pull times the gradient of the divergence: p - q of KL, p (sign(p - q) - drift)
+// / 2 of TV, over T.
+template <class T>
+__device__ void write_row_with_full(const FusedArgs& a, const T* x, T* dx, const T* old,
+                                    int64_t target, const RowGradient& c, const Pair& pair,
+                                    float drift) {
+  const bool tv = a.objective.divergence == kFullTv;
+  const float pull = c.pull / c.temperature;
+  for (int64_t j = threadIdx.x; j < a.shape.vocab; j += blockDim.x) {
+    const float logit = widen(x[j]);
+    const float p = exp2_approx(pair.log_p(logit)), q = exp2_approx(pair.log_q(widen(old[j])));
+    const float own = j == target ? gradient_at<true>(c, logit, true) : gradient_of<true>(c, logit);
+    narrow(own + pull * (tv ? 0.5f * p * (sign(p - q) - drift) : p - q), dx[j]);
+  }
 }
 
 // ---- kernels ------------------------------------------------------------------------------------
@@ -208,17 +273,33 @@ __global__ void __launch_bounds__(kMaxThreads, 1) fused_streaming(const FusedArg
     // Before the barrier of the total: after it the row may be overwritten.
     float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
     const Sums sums = block.total<kEntropy>(read_row<kEntropy>(x, vocab, scale), scale);
-    float divergence = 0.0f;
     if (kDivergence) {
-      divergence = a.topk_ids ? topk_divergence(a, row, x, sums, in,
-                                                logprob_of(sums, target_logit, temperature))
-                              : full_divergence(a, row, x, sums, block);
+      const T* old = a.topk_ids ? nullptr : row_of<const T>(a.old_logits, row);
+      const Sums old_sums =
+          old ? block.total<false>(read_row<false>(old, vocab, scale), scale) : Sums{};
+      const Pair pair(sums, old_sums, scale);
+      Listed listed;
+      float drift = 0.0f;
+      const float divergence =
+          old ? full_divergence(a, x, old, pair, block, drift)
+              : topk_divergence(a, row, x, sums, in, target_logit, block, listed);
       // A NaN would stop no token: an id outside the vocabulary shows in the loss.
-      if (a.topk_ids && !(divergence == divergence)) target_logit = NAN;
+      if (!old && !(divergence == divergence)) target_logit = NAN;
       __syncthreads();  // the row may be overwritten
+      const RowGradient c =
+          decide_row<kEntropy>(a, row, in, sums, target_logit, divergence, threadIdx.x == 0);
+      if (dx && c.pull != 0.0f) {
+        if (old)
+          write_row_with_full(a, x, dx, old, in.target, c, pair, drift);
+        else
+          write_row_with_topk(a, x, dx, in, c, block, listed);
+      } else if (dx) {
+        write_row<kEntropy>(x, dx, vocab, in.target, c, 0, Span<T>(x, vocab).packs, true);
+      }
+      continue;
     }
     const RowGradient c =
-        decide_row<kEntropy>(a, row, in, sums, target_logit, divergence, threadIdx.x == 0);
+        decide_row<kEntropy>(a, row, in, sums, target_logit, 0.0f, threadIdx.x == 0);
     if (dx) write_row<kEntropy>(x, dx, vocab, in.target, c, 0, Span<T>(x, vocab).packs, true);
   }
 }
