@@ -39,6 +39,8 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
         reason = "not a backend of this version"
     else:
         reason = backends.unavailable(backend, inputs.case.device)
+        if backend == "triton" and inputs.case.device == "cpu":
+            reason = reason or "its interpreter is no measure of anything"
     kernels = backend != "reference"
     kind = "ours" if kernels else "plain"
     traffic = operator.minimum_bytes(inputs) if kernels else None  # what they are built for

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dcpo_kernels as dk
 from dcpo_kernels import ops
-from dcpo_kernels.objectives import kernel_arguments
+from dcpo_kernels.backends import reference
+from dcpo_kernels.objectives import binary_divergence, kernel_arguments
 
 LAYOUTS = ("packed", "row-stride", "sliced", "time-major")
 
@@ -252,7 +253,16 @@ def frozen_loss(p, out, rows):
     g = -a["advantages"] * a["importance_weights"] * (out.clipped != 4)
     d = a["ref_logprobs"] - logp
     terms = g * out.ratio.clamp(max=o.ratio_cap) * logp - o.entropy_coef * entropy
-    return (weight * (terms + o.kl_coef * (torch.expm1(d) - d))).sum()
+    terms = terms + o.kl_coef * (torch.expm1(d) - d)
+    if o.penalty_coef:
+        keys = ("temperature", "topk_ids", "topk_logprobs", "old_logits")
+        more = {key: a[key] for key in keys if key in a}
+        D = reference.divergence(o, rows, a["target_ids"], a["old_logprobs"].double(), **more)
+        if D is None:
+            D = binary_divergence(o.divergence, logp, a["old_logprobs"].double())
+        limit = torch.where(a["advantages"] < 0, o.limit_low, o.limit_high)
+        terms = terms + o.penalty_coef * (D - limit).relu()
+    return (weight * terms).sum()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

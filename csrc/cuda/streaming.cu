@@ -14,7 +14,8 @@
 namespace dcpo {
 namespace {
 
-constexpr int kMaxThreads = 1024;  // of a block that writes
+constexpr int kMaxThreads = 1024;        // of a block that writes
+constexpr int kDivergenceThreads = 512;  // of one that also looks at more than the target
 constexpr int kReadThreads = 256;  // of a block that only reads: several share a multiprocessor
 constexpr int kUnroll = 4;         // 16-byte loads in flight a thread
 constexpr int kPartBytes = 2 * 32 * sizeof(float4);
@@ -210,26 +211,36 @@ struct Pair {
   __device__ float log_q(float x) const { return (x - q_max) * scale - q_offset; }
 };
 
-// KL(q || p) or TV over the whole vocabulary, q from the row of old logits; and sum sign(p - q) p,
-// which TV's gradient wants.
+// KL(q || p) while the row of old logits is read: the mean of log q - log p under q.
 template <class T>
-__device__ float full_divergence(const FusedArgs& a, const T* x, const T* old, const Pair& pair,
-                                 BlockTotals& block, float& drift) {
-  const bool tv = a.objective.divergence == kFullTv;
+__device__ float full_kl(const FusedArgs& a, const T* x, const T* old, const Sums& sums,
+                         Sums& old_sums, BlockTotals& block) {
+  const float scale = kLog2E / a.shape.temperature;
+  Sums s;  // entropy_sum: of 2^y (y - (x - max x) log2(e) / T)
+  for (int64_t j = threadIdx.x; j < a.shape.vocab; j += blockDim.x) {
+    const float w = widen(old[j]);
+    if (w > s.max) rescale<true>(s, w, scale);
+    const float y = (w - (s.max == -INFINITY ? 0.0f : s.max)) * scale, e = exp2_approx(y);
+    s.sum += e;
+    if (e != 0.0f) s.entropy_sum += e * (y - (widen(x[j]) - sums.max) * scale);  // or 0 inf
+  }
+  old_sums = block.total<true>(s, scale);
+  return old_sums.entropy_sum * kLn2 / old_sums.sum - log_sum_of(old_sums) + log_sum_of(sums);
+}
+
+// TV, once both rows were read, and sum sign(p - q) p, which its gradient wants.
+template <class T>
+__device__ float full_tv(const FusedArgs& a, const T* x, const T* old, const Pair& pair,
+                         BlockTotals& block, float& drift) {
   float total = 0.0f, drifted = 0.0f;
   for (int64_t j = threadIdx.x; j < a.shape.vocab; j += blockDim.x) {
-    const float log_p = pair.log_p(widen(x[j])), log_q = pair.log_q(widen(old[j]));
-    const float q = exp2_approx(log_q);
-    if (tv) {
-      const float p = exp2_approx(log_p);
-      total += fabsf(p - q);
-      drifted += p * sign(p - q);
-    } else if (q != 0.0f) {  // 0 (-inf - ...) is NaN
-      total += q * (log_q - log_p);
-    }
+    const float p = exp2_approx(pair.log_p(widen(x[j])));
+    const float q = exp2_approx(pair.log_q(widen(old[j])));
+    total += fabsf(p - q);
+    drifted += p * sign(p - q);
   }
   drift = block.total(drifted);
-  return block.total(total) * (tv ? 0.5f : kLn2);
+  return 0.5f * block.total(total);
 }
 
 // write_row, and c.pull times the gradient of the divergence: p - q of KL, p (sign(p - q) - drift)
@@ -250,57 +261,77 @@ __device__ void write_row_with_full(const FusedArgs& a, const T* x, T* dx, const
 
 // ---- kernels ------------------------------------------------------------------------------------
 
-// kDivergence: the objective looks at more of the row than its target.
-template <class T, bool kEntropy, bool kDivergence>
+// Whether the row is not read; then its results and gradient are written.
+template <class T>
+__device__ bool skip_idle(const FusedArgs& a, int64_t row, T* dx) {
+  if (!idle(a, row)) return false;
+  if (threadIdx.x == 0) write_idle(a, row);
+  if (dx) {
+    RowGradient none{};
+    none.zero = true;
+    write_row<false>(dx, dx, a.shape.vocab, -1, none, 0, Span<T>(dx, a.shape.vocab).packs, true);
+  }
+  return true;
+}
+
+template <class T, bool kEntropy>
 __global__ void __launch_bounds__(kMaxThreads, 1) fused_streaming(const FusedArgs a) {
   DCPO_SHARED(shared);
   BlockTotals block{reinterpret_cast<float4*>(shared)};
   const int64_t vocab = a.shape.vocab;
-  const float temperature = a.shape.temperature, scale = kLog2E / temperature;
+  const float scale = kLog2E / a.shape.temperature;
   for (int64_t row = blockIdx.x; row < a.shape.rows; row += gridDim.x) {
     T* dx = a.gradient.data ? row_of<T>(a.gradient, row) : nullptr;
-    if (idle(a, row)) {  // not read
-      if (threadIdx.x == 0) write_idle(a, row);
-      if (dx) {
-        RowGradient none{};
-        none.zero = true;
-        write_row<false>(dx, dx, vocab, -1, none, 0, Span<T>(dx, vocab).packs, true);
-      }
-      continue;
-    }
+    if (skip_idle(a, row, dx)) continue;
     const T* x = row_of<T>(a.logits, row);
     const RowInputs in = load_inputs(a, row);
     // Before the barrier of the total: after it the row may be overwritten.
-    float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
+    const float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
     const Sums sums = block.total<kEntropy>(read_row<kEntropy>(x, vocab, scale), scale);
-    if (kDivergence) {
-      const T* old = a.topk_ids ? nullptr : row_of<const T>(a.old_logits, row);
-      const Sums old_sums =
-          old ? block.total<false>(read_row<false>(old, vocab, scale), scale) : Sums{};
-      const Pair pair(sums, old_sums, scale);
-      Listed listed;
-      float drift = 0.0f;
-      const float divergence =
-          old ? full_divergence(a, x, old, pair, block, drift)
-              : topk_divergence(a, row, x, sums, in, target_logit, block, listed);
-      // A NaN would stop no token: an id outside the vocabulary shows in the loss.
-      if (!old && !(divergence == divergence)) target_logit = NAN;
-      __syncthreads();  // the row may be overwritten
-      const RowGradient c =
-          decide_row<kEntropy>(a, row, in, sums, target_logit, divergence, threadIdx.x == 0);
-      if (dx && c.pull != 0.0f) {
-        if (old)
-          write_row_with_full(a, x, dx, old, in.target, c, pair, drift);
-        else
-          write_row_with_topk(a, x, dx, in, c, block, listed);
-      } else if (dx) {
-        write_row<kEntropy>(x, dx, vocab, in.target, c, 0, Span<T>(x, vocab).packs, true);
-      }
-      continue;
-    }
     const RowGradient c =
         decide_row<kEntropy>(a, row, in, sums, target_logit, 0.0f, threadIdx.x == 0);
     if (dx) write_row<kEntropy>(x, dx, vocab, in.target, c, 0, Span<T>(x, vocab).packs, true);
+  }
+}
+
+// Where the objective looks at more of the row than its target.
+template <class T>
+__global__ void __launch_bounds__(kDivergenceThreads, 1) fused_divergence(const FusedArgs a) {
+  DCPO_SHARED(shared);
+  BlockTotals block{reinterpret_cast<float4*>(shared)};
+  const int64_t vocab = a.shape.vocab;
+  const float scale = kLog2E / a.shape.temperature;
+  for (int64_t row = blockIdx.x; row < a.shape.rows; row += gridDim.x) {
+    T* dx = a.gradient.data ? row_of<T>(a.gradient, row) : nullptr;
+    if (skip_idle(a, row, dx)) continue;
+    const T* x = row_of<T>(a.logits, row);
+    const T* old = a.topk_ids ? nullptr : row_of<const T>(a.old_logits, row);
+    const RowInputs in = load_inputs(a, row);
+    float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
+    const Sums sums = block.total<true>(read_row<true>(x, vocab, scale), scale);
+    Sums old_sums;
+    Listed listed;
+    float divergence, drift = 0.0f;
+    if (!old) {
+      divergence = topk_divergence(a, row, x, sums, in, target_logit, block, listed);
+      // A NaN would stop no token: an id outside the vocabulary shows in the loss.
+      if (!(divergence == divergence)) target_logit = NAN;
+    } else if (a.objective.divergence == kFullKl) {
+      divergence = full_kl(a, x, old, sums, old_sums, block);
+    } else {
+      old_sums = block.total<false>(read_row<false>(old, vocab, scale), scale);
+      divergence = full_tv(a, x, old, Pair(sums, old_sums, scale), block, drift);
+    }
+    __syncthreads();  // the row may be overwritten
+    const RowGradient c =
+        decide_row<true>(a, row, in, sums, target_logit, divergence, threadIdx.x == 0);
+    if (!dx) continue;
+    if (c.pull == 0.0f)
+      write_row<true>(x, dx, vocab, in.target, c, 0, Span<T>(x, vocab).packs, true);
+    else if (old)
+      write_row_with_full(a, x, dx, old, in.target, c, Pair(sums, old_sums, scale), drift);
+    else
+      write_row_with_topk(a, x, dx, in, c, block, listed);
   }
 }
 
@@ -366,22 +397,25 @@ PerDevice<int64_t> persistent;
 
 // Threads of a block that goes over a row twice: as many as find kUnroll packs each. One such block
 // to a multiprocessor keeps the rows in flight small enough for the second-level cache.
-int threads_for(int64_t row_bytes) {
+int threads_for(int64_t row_bytes, int most) {
   int threads = kReadThreads;
-  while (threads < kMaxThreads && threads * 16 * kUnroll < row_bytes) threads *= 2;
+  while (threads < most && threads * 16 * kUnroll < row_bytes) threads *= 2;
   return threads;
 }
 
 template <class T>
 void fused_with(const FusedArgs& args, int device, uintptr_t stream) {
   const bool divergence = args.topk_ids || args.old_logits.data;
-  const auto kernel = divergence     ? fused_streaming<T, true, true>
-                      : args.entropy ? fused_streaming<T, true, false>
-                                     : fused_streaming<T, false, false>;
-  const int threads = args.gradient.data ? threads_for(args.shape.vocab * sizeof(T)) : kReadThreads;
+  const auto kernel = divergence     ? fused_divergence<T>
+                      : args.entropy ? fused_streaming<T, true>
+                                     : fused_streaming<T, false>;
+  const int most = !args.gradient.data ? kReadThreads
+                   : divergence        ? kDivergenceThreads
+                                       : kMaxThreads;
+  const int threads = threads_for(args.shape.vocab * sizeof(T), most);
   const Grid grid{persistent_blocks(persistent, kernel, device, threads, args.shape.rows), threads,
                   kPartBytes, 0};
-  Launcher(grid, stream).run("fused_streaming", kernel, args);
+  Launcher(grid, stream).run(divergence ? "fused_divergence" : "fused_streaming", kernel, args);
 }
 
 template <class T>
