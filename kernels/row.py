@@ -126,6 +126,18 @@ def accumulate(x, most, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def finish_row(most, total, weighted, scale):
+    """Over the lanes: the maximum, log sum, and the mean weight."""
+    row_max = tl.max(most, 0)
+    shift = tl.maximum((most - row_max) * scale, -127.0)
+    factor = tl.exp2(shift)
+    row_total = tl.sum(total * factor, 0)
+    mean = tl.sum(factor * (weighted + total * shift), 0) / row_total
+    row_max = tl.where(row_total == 0, float("-inf"), row_max)  # nothing but -inf
+    return row_max, tl.log(row_total), mean
+
+
+@triton.jit
 def read_row(
     x,
     lane,
@@ -150,15 +162,8 @@ def read_row(
     last = load_last(x, lane, step, vocab, BLOCK)
     most, total, weighted = accumulate(last, most, total, weighted, scale, WITH_ENTROPY)
 
-    row_max = tl.max(most, 0)
-    shift = tl.maximum((most - row_max) * scale, -127.0)
-    factor = tl.exp2(shift)
-    row_total = tl.sum(total * factor, 0)
-    row_max = tl.where(row_total == 0, float("-inf"), row_max)  # nothing but -inf
-    log_sum = tl.log(row_total)
-    entropy = 0.0
-    if WITH_ENTROPY:
-        entropy = log_sum - LN2 * tl.sum(factor * (weighted + total * shift), 0) / row_total
+    row_max, log_sum, mean = finish_row(most, total, weighted, scale)
+    entropy = log_sum - LN2 * mean if WITH_ENTROPY else 0.0
     return row_max, log_sum, entropy, last
 
 
@@ -266,28 +271,63 @@ def zero_row(dx, lane, step, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def policies_of_tile(x, old, row_max, offset, old_max, old_offset, scale):
-    """log2 p, log2 q and q of a tile."""
-    log_p = (x.to(tl.float32) - row_max) * scale - offset
-    log_q = (old.to(tl.float32) - old_max) * scale - old_offset
-    return log_p, log_q, tl.exp2(log_q)
-
-
-@triton.jit
-def divergence_of_tile(
-    x, old, row_max, offset, old_max, old_offset, scale, DIVERGENCE: tl.constexpr
+def full_kl(
+    x,
+    last,
+    row_max,
+    log_sum,
+    old_x,
+    lane,
+    step,
+    vocab,
+    temperature,
+    BLOCK: tl.constexpr,
 ):
-    """Each lane's part of sum |p - q| and sum sign(p - q) p, or of sum q (log2 q - log2 p)."""
-    log_p, log_q, q = policies_of_tile(x, old, row_max, offset, old_max, old_offset, scale)
-    if DIVERGENCE == FULL_TV:
-        p = tl.exp2(log_p)
-        return lane_sum(tl.abs(p - q)), lane_sum(p * sign(p - q))
-    terms = lane_sum(tl.where(q == 0, 0.0, q * (log_q - log_p)))  # 0 (-inf + inf) is NaN
-    return terms, terms
+    """KL(q || p) over the vocabulary (DPPO section 4) while the row of old logits is read: the mean
+    of log q - log p under q. Also what read_row would return of that row."""
+    LANES: tl.constexpr = lane.shape[1]
+    scale = LOG2E / temperature
+    most = tl.full([LANES], LOWEST, tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    weighted = tl.zeros([LANES], tl.float32)
+    end = last_tile(vocab, BLOCK)
+    old_last = load_last(old_x, lane, step, vocab, BLOCK)
+    most, total, weighted = accumulate_beside(old_last, last, row_max, most, total, weighted, scale)
+    for done in range(0, end, BLOCK):
+        at = end - BLOCK - done + lane + step
+        tile = tl.load(x + at, eviction_policy="evict_last")
+        old = tl.load(old_x + at, eviction_policy="evict_first")
+        most, total, weighted = accumulate_beside(old, tile, row_max, most, total, weighted, scale)
+    old_max, old_log_sum, mean = finish_row(most, total, weighted, scale)
+    return LN2 * mean - old_log_sum + log_sum, old_max, old_log_sum, old_last
 
 
 @triton.jit
-def full_divergence(
+def accumulate_beside(old, x, row_max, most, total, weighted, scale):
+    """`accumulate` of a tile of old logits, with log2 q - log2 p (less what is constant) as the
+    weight."""
+    old = old.to(tl.float32)
+    higher = tl.maximum(most, tl.max(tl.max(old, 2), 0))
+    shift = tl.maximum((most - higher) * scale, -127.0)
+    factor = tl.exp2(shift)
+    y = (old - higher[None, :, None]) * scale
+    e = tl.exp2(y)
+    distance = y - (x.to(tl.float32) - row_max) * scale
+    terms = tl.where(e == 0, 0.0, e * distance)  # 0 (-inf + inf) is NaN
+    weighted = factor * (weighted + total * shift) + lane_sum(terms)
+    return higher, factor * total + lane_sum(e), weighted
+
+
+@triton.jit
+def tv_of_tile(x, old, row_max, offset, old_max, old_offset, scale):
+    """Each lane's part of sum |p - q| and of sum sign(p - q) p."""
+    p = tl.exp2((x.to(tl.float32) - row_max) * scale - offset)
+    q = tl.exp2((old.to(tl.float32) - old_max) * scale - old_offset)
+    return lane_sum(tl.abs(p - q)), lane_sum(p * sign(p - q))
+
+
+@triton.jit
+def full_tv(
     x,
     last,
     row_max,
@@ -301,27 +341,22 @@ def full_divergence(
     vocab,
     temperature,
     BLOCK: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
 ):
-    """TV, or KL(q || p), over the vocabulary (DPPO section 4), q from a row of old logits. And, for
-    TV's gradient, sum sign(p - q) p."""
+    """TV over the vocabulary (DPPO section 4), once both rows were read; and, for its gradient,
+    sum sign(p - q) p."""
     scale = LOG2E / temperature
     offset = log_sum * LOG2E
     old_offset = old_log_sum * LOG2E
-    parts, drifts = divergence_of_tile(
-        last, old_last, row_max, offset, old_max, old_offset, scale, DIVERGENCE
-    )
+    parts, drifts = tv_of_tile(last, old_last, row_max, offset, old_max, old_offset, scale)
     end = last_tile(vocab, BLOCK)
     for done in range(0, end, BLOCK):
         at = end - BLOCK - done + lane + step
         tile = tl.load(x + at, eviction_policy="evict_last")
         old = tl.load(old_x + at, eviction_policy="evict_first")
-        part, drift = divergence_of_tile(
-            tile, old, row_max, offset, old_max, old_offset, scale, DIVERGENCE
-        )
+        part, drift = tv_of_tile(tile, old, row_max, offset, old_max, old_offset, scale)
         parts += part
         drifts += drift
-    return tl.sum(parts, 0) * (0.5 if DIVERGENCE == FULL_TV else LN2), tl.sum(drifts, 0)
+    return 0.5 * tl.sum(parts, 0), tl.sum(drifts, 0)
 
 
 @triton.jit
@@ -343,8 +378,9 @@ def pulled_gradient_of_tile(
 ):
     """gradient_of_tile, and pull times the divergence's gradient: p - q of KL, p (sign(p - q) -
     drift) / 2 of TV."""
-    log_p, _, q = policies_of_tile(x, old, row_max, offset, old_max, old_offset, scale)
+    log_p = (x.to(tl.float32) - row_max) * scale - offset
     p = tl.exp2(log_p)
+    q = tl.exp2((old.to(tl.float32) - old_max) * scale - old_offset)
     tile = tl.where(is_target, entry, p * (b + a * tl.maximum(log_p, -127.0)))
     if DIVERGENCE == FULL_TV:
         return tile + 0.5 * pull * p * (sign(p - q) - drift)
@@ -541,25 +577,30 @@ def fused(
                 old_x = row_of(
                     old_logits, row, per_batch, old_batch_stride, old_row_stride, OLD_ALIGNED
                 )
-                old_max, old_log_sum, _, old_last = read_row(
-                    old_x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY=False, AGAIN=True
-                )
-                divergence, drift = full_divergence(
-                    x,
-                    last,
-                    row_max,
-                    log_sum,
-                    old_x,
-                    old_last,
-                    old_max,
-                    old_log_sum,
-                    lane,
-                    step,
-                    vocab,
-                    temperature,
-                    BLOCK,
-                    DIVERGENCE,
-                )
+                drift = 0.0
+                if DIVERGENCE == FULL_KL:
+                    divergence, old_max, old_log_sum, old_last = full_kl(
+                        x, last, row_max, log_sum, old_x, lane, step, vocab, temperature, BLOCK
+                    )
+                else:
+                    old_max, old_log_sum, _, old_last = read_row(
+                        old_x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY=False, AGAIN=True
+                    )
+                    divergence, drift = full_tv(
+                        x,
+                        last,
+                        row_max,
+                        log_sum,
+                        old_x,
+                        old_last,
+                        old_max,
+                        old_log_sum,
+                        lane,
+                        step,
+                        vocab,
+                        temperature,
+                        BLOCK,
+                    )
             loss, g, h, r, code, pull = decide(
                 logprob,
                 old_logprob,
