@@ -117,4 +117,6 @@ def compare(
         size = right.abs() + FLOOR * most.values
         # In a row that must be 0 everything else is infinitely wrong.
         error = torch.maximum(error, (off.clamp(min=0) / size.clamp(min=1e-300)).max())
-    return Agreement(value_error, tolerance, error.item(), info.eps + GRADIENT_TOLERANCE * tolerance)
+    return Agreement(
+        value_error, tolerance, error.item(), info.eps + GRADIENT_TOLERANCE * tolerance
+    )
