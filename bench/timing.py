@@ -7,6 +7,7 @@ for them too. Freeing what it returns does not count. GPU: graphs.py.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,8 @@ class CpuClock:
         size = 4 * last_level_cache_bytes() if flush_bytes is None else flush_bytes
         # Read, not written: the next call must not pay for writing back somebody's dirty lines.
         self._other = torch.ones(size // 4)
+        # Else the memory that a call gets is fresh or not as the heap happens to lie.
+        self._return_free_memory = _malloc_trim()
         self.cache = f"cold: {size / 2**20:.0f} MiB read before each call" if size else "warm"
 
     def prepare(self, call: Timeable) -> Timeable:
@@ -51,12 +54,22 @@ class CpuClock:
 
     def sample(self, call: Timeable) -> float:
         call.restore()
+        self._return_free_memory()
         self._other.sum()
         begin = time.perf_counter_ns()
         result = call()
         end = time.perf_counter_ns()
         del result
         return (end - begin) * 1e-9
+
+
+def _malloc_trim() -> Callable[[], object]:
+    """glibc's, where there is one."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda: None
+    return lambda: trim(0)
 
 
 def last_level_cache_bytes() -> int:

@@ -2,6 +2,7 @@
 #if !defined(_WIN32)
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #endif
 
 #include <algorithm>
@@ -81,6 +82,20 @@ void in_parallel(int threads, Work& work) {
   for (std::thread& helper : helpers) helper.join();
 }
 
+// A gradient in memory of its own comes fresh from the system, a page fault every 4 KiB; large
+// pages take a third of the time. Advice: nothing depends on it.
+void prefer_large_pages(const View& gradient, const View& logits, const Shape& shape) {
+#if defined(MADV_HUGEPAGE)
+  if (gradient.data == nullptr || gradient.data == logits.data) return;
+  const int64_t size = shape.dtype == kFloat32 ? 4 : 2;
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(gradient.data);
+  const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (data + shape.rows * shape.vocab * size) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 template <class Row>
 void for_each_row(int64_t rows, int64_t vocab, int threads, Row&& run) {
   constexpr int64_t kWorthAThread = 1 << 18;  // logits
@@ -116,6 +131,7 @@ void cpu_use_isa(const std::string& name) {
 }
 
 void cpu_fused(const FusedArgs& args, int threads) {
+  prefer_large_pages(args.gradient, args.logits, args.shape);
   const RowKernels& kernels = *chosen().load()->kernels;
   for_each_row(args.shape.rows, args.shape.vocab, threads,
                [&](int64_t row) { kernels.fused(args, row); });
@@ -128,6 +144,7 @@ void cpu_stats(const StatsArgs& args, int threads) {
 }
 
 void cpu_gradient(const GradientArgs& args, int threads) {
+  prefer_large_pages(args.gradient, args.logits, args.shape);
   const RowKernels& kernels = *chosen().load()->kernels;
   for_each_row(args.shape.rows, args.shape.vocab, threads,
                [&](int64_t row) { kernels.gradient(args, row); });
