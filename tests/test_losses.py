@@ -93,6 +93,22 @@ def test_settings_meet_in_pairs():
             assert len({case[key] for case in met}) == count
 
 
+@on_backends()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_constant_ratio_on_the_log_prob_and_the_ratio_itself_have_one_gradient(
+    dtype, use_backend
+):
+    """-A stop(r) log p and -A r, where no bound and no cap binds."""
+    unbounded = dk.Objective("ratio", eps_low=1.0, eps_high=float("inf"))
+    p = problem(unbounded, layout="padded", dtype=dtype)
+    _, gradient = p.run(backend=use_backend)
+    constant = dk.Objective("constant ratio", surrogate="reinforce")
+    out, gradient2 = p.run(backend=use_backend, objective=constant)
+    assert (out.clipped == 0).all() and gradient.abs().max() > 0
+    assert torch.equal(gradient, gradient2)
+    assert_matches(p, p.run(backend=use_backend), p.oracle(objective=unbounded))
+
+
 @on_objectives
 def test_problems_reach_every_branch(name):
     out, _ = problem(OBJECTIVES[name]()).oracle()
