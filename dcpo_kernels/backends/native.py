@@ -20,7 +20,7 @@ try:
 except ImportError as error:  # a source tree that was never built, or a module for another Python
     _reason = f"the compiled module is missing ({error}); `pip install .` builds it"
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 if _C is not None and os.environ.get("DCPO_KERNELS_CPU_ISA"):
     _C.cpu_use_isa(os.environ["DCPO_KERNELS_CPU_ISA"])
@@ -34,15 +34,14 @@ def _address(x: Tensor | None) -> int:
     return x.data_ptr() if x is not None and x.numel() else 0
 
 
-def _shape(logits: Tensor, temperature: float) -> dict[str, object]:
+def _rows(logits: Tensor, temperature: float) -> dict[str, Any]:
     return {
         "rows": row_count(logits),
         "vocab": logits.shape[-1],
-        "dtype": _DTYPES[logits.dtype],
+        "dtype": DTYPES[logits.dtype],
         "temperature": temperature,
         "logits": logits.data_ptr(),
         "logits_strides": row_strides(logits),
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -51,7 +50,7 @@ def _objective(*arguments: float):
     return _C.Objective(*arguments)
 
 
-def fused(
+def fused_arguments(
     logits: Tensor,
     gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
     target_ids: Tensor,
@@ -71,9 +70,10 @@ def fused(
     entropy: Tensor,  # [0]: not wanted
     ratio: Tensor,
     clipped: Tensor,
-) -> None:
-    _C.cpu_fused(
-        **_shape(logits, temperature),
+) -> dict[str, Any]:
+    """What csrc/bind_rows.h takes, on a CPU and on a GPU, but for where to run."""
+    return dict(
+        **_rows(logits, temperature),
         gradient=_address(gradient),
         gradient_strides=row_strides(gradient if gradient is not None else logits),
         target_ids=_address(target_ids),
@@ -97,7 +97,7 @@ def fused(
     )
 
 
-def row_stats(
+def row_stats_arguments(
     logits: Tensor,
     target_ids: Tensor,
     counts: Tensor | None,
@@ -106,9 +106,9 @@ def row_stats(
     entropy: Tensor,  # [0]: not wanted
     row_max: Tensor,
     log_sum: Tensor,
-) -> None:
-    _C.cpu_stats(
-        **_shape(logits, temperature),
+) -> dict[str, Any]:
+    return dict(
+        **_rows(logits, temperature),
         target_ids=_address(target_ids),
         counts=_address(counts),
         logprobs=_address(logprobs),
@@ -118,7 +118,7 @@ def row_stats(
     )
 
 
-def row_gradient(
+def row_gradient_arguments(
     logits: Tensor,
     gradient: Tensor,  # like logits, or logits itself
     target_ids: Tensor,
@@ -128,9 +128,9 @@ def row_gradient(
     g: Tensor,
     h: Tensor | None,
     temperature: float,
-) -> None:
-    _C.cpu_gradient(
-        **_shape(logits, temperature),
+) -> dict[str, Any]:
+    return dict(
+        **_rows(logits, temperature),
         gradient=_address(gradient),
         gradient_strides=row_strides(gradient),
         target_ids=_address(target_ids),
@@ -140,6 +140,22 @@ def row_gradient(
         g=_address(g),
         h=_address(h),
     )
+
+
+def _threads() -> dict[str, int]:
+    return {"threads": torch.get_num_threads()}
+
+
+def fused(*arguments: Any) -> None:
+    _C.cpu_fused(**fused_arguments(*arguments), **_threads())
+
+
+def row_stats(*arguments: Any) -> None:
+    _C.cpu_stats(**row_stats_arguments(*arguments), **_threads())
+
+
+def row_gradient(*arguments: Any) -> None:
+    _C.cpu_gradient(**row_gradient_arguments(*arguments), **_threads())
 
 
 def scale(x: Tensor, scale: Tensor) -> None:
