@@ -49,9 +49,10 @@ def kernel(function):
 
 @triton.jit
 def row_of(x, row, per_batch, batch_stride, row_stride, ALIGNED: tl.constexpr):
-    """Pointer to the first logit of a row (backends/layout.py). The strides are 64-bit: a batch may
-    have more than 2^31 logits. ALIGNED: every row begins on 16 bytes."""
-    pointer = x + (row // per_batch * batch_stride + row % per_batch * row_stride)
+    """Pointer to the first logit of a row (backends/layout.py), 64-bit: a batch may have more than
+    2^31 logits. ALIGNED: every row begins on 16 bytes."""
+    batch, place = (row // per_batch).to(tl.int64), (row % per_batch).to(tl.int64)
+    pointer = x + (batch * batch_stride + place * row_stride)
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 

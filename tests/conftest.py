@@ -53,6 +53,7 @@ def preset(name: str, params: dict[str, Any], **parts: Any) -> dk.Objective:
 # Everything a test of a backend runs on: CPU instruction sets are forced one by one.
 CPU_ISAS = [] if native.unavailable() else native._C.cpu_isas()
 KERNELS = [f"cpu-{isa}" for isa in CPU_ISAS]
+INTERPRETED = [] if backends.unavailable("triton", "cpu") else ["triton"]
 
 
 @pytest.fixture
