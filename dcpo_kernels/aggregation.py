@@ -27,11 +27,14 @@ def response_weights(
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation={aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
     n = counts.to(torch.float32)
-    responses = (counts > 0).sum() if num_responses is None else num_responses
+
+    def responses():
+        return (counts > 0).sum() if num_responses is None else num_responses
+
     if aggregation == "only-token-mean":
-        weight = 1 / n
+        weight = n.reciprocal()
     elif aggregation == "seq-mean-token-mean":
-        weight = 1 / (responses * n)
+        weight = (responses() * n).reciprocal()
     elif aggregation == "token-mean":
         weight = torch.ones_like(n) / (counts.sum() if num_tokens is None else num_tokens)
     elif aggregation == "token-sum":
@@ -42,7 +45,7 @@ def response_weights(
                 "aggregation='seq-mean-token-sum-norm' needs max_length, the same in every "
                 "micro-batch"
             )
-        weight = torch.ones_like(n) / (responses * max_length)
+        weight = torch.ones_like(n) / (responses() * max_length)
     return torch.where(n > 0, weight, 0.0)
 
 

@@ -105,9 +105,25 @@ class Responses(NamedTuple):
     """Which tokens belong together."""
 
     counts: Tensor  # [N] bool: the token counts
-    index: Tensor  # [N] int64: its response
     lengths: Tensor  # [R] int64: tokens of each response that count
-    padded: bool  # [B, T]: response b is row b; else packed one after the other
+    index: Tensor | None  # [N] int64: its response; None where they are padded, N = R T
+
+
+def spread(x: Tensor, responses: Responses) -> Tensor:
+    """[N], each token with what its response has in x [R]."""
+    if responses.index is not None:
+        return x[responses.index]
+    time = len(responses.counts) // max(len(x), 1)
+    return x[:, None].expand(len(x), time).reshape(-1)
+
+
+def sums(x: Tensor, responses: Responses) -> Tensor:
+    """[R] sums over each response's tokens, in a fixed order; x [N] is 0 where a token does not
+    count."""
+    if responses.index is None:
+        batch = len(responses.lengths)
+        return x.view(batch, x.numel() // max(batch, 1)).sum(1)
+    return torch.segment_reduce(x, "sum", lengths=responses.lengths, unsafe=True, initial=0.0)
 
 
 def responses_of(
@@ -135,9 +151,7 @@ def responses_of(
             )
         _check_kind("mask", mask, logits, MASKS)
         counts = mask != 0
-        batch, time = mask.shape
-        index = torch.arange(batch, device=logits.device)[:, None].expand(batch, time).reshape(-1)
-        return Responses(counts.reshape(-1), index, counts.sum(1), True)
+        return Responses(counts.reshape(-1), counts.sum(1), None)
 
     if logits.dim() != 2:
         raise ValueError(
@@ -177,14 +191,16 @@ def responses_of(
                 + (whole if objective.ratio_level == "sequence" else "")
             )
     lengths_ = given.to(logits.device, torch.int64)
-    ends = lengths_.cumsum(0)
-    if not looked:  # whatever they are, nothing is read outside the rows
-        ends = ends.clamp(0, rows).cummax(0).values
-        lengths_ = ends.diff(prepend=ends.new_zeros(1))
+    if looked:
+        index = torch.repeat_interleave(lengths_, output_size=rows)
+        return Responses(torch.ones_like(index, dtype=torch.bool), lengths_, index)
+    # Whatever they are, nothing is read outside the rows.
+    ends = lengths_.cumsum(0).clamp(0, rows).cummax(0).values
+    lengths_ = ends.diff(prepend=ends.new_zeros(1))
     row = torch.arange(rows, device=logits.device)
     index = torch.searchsorted(ends, row, right=True)
-    counts = index < len(lengths_)  # false only past the end of lengths that were not looked at
-    return Responses(counts, index.clamp(max=max(len(lengths_) - 1, 0)), lengths_, False)
+    counts = index < len(lengths_)
+    return Responses(counts, lengths_, index.clamp(max=max(len(lengths_) - 1, 0)))
 
 
 def per_token(name: str, x: Tensor, logits: Tensor, responses: Responses) -> Tensor:
@@ -195,7 +211,7 @@ def per_token(name: str, x: Tensor, logits: Tensor, responses: Responses) -> Ten
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if list(x.shape) == [count]:
         _check_kind(name, x, logits, FLOATS)
-        return x.detach().to(torch.float32)[responses.index]
+        return spread(x.detach().to(torch.float32), responses)
     if list(x.shape) == list(logits.shape[:-1]):
         return rows_of(name, x, logits, FLOATS, torch.float32)
     raise ValueError(
@@ -215,7 +231,7 @@ def weights_of(
     weight = response_weights(
         responses.lengths, objective.aggregation, num_responses, num_tokens, max_length
     )
-    return torch.where(responses.counts, weight[responses.index], 0.0)
+    return torch.where(responses.counts, spread(weight, responses), 0.0)
 
 
 def topk_of(

@@ -44,6 +44,8 @@ class _Fused(torch.autograd.Function):
             gradient = logits
         else:
             *out, gradient = ops.fused(logits, *rest, True, backend)
+        if not torch.compiler.is_compiling():  # Dynamo does not know it, and fuses the zeros away
+            ctx.set_materialize_grads(False)
         ctx.backend = backend
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(*out)
@@ -67,6 +69,8 @@ class _SelectedLogprobs(torch.autograd.Function):
         logprobs, entropy, row_max, log_sum = ops.row_stats(
             logits, target_ids, counts, temperature, with_entropy, backend
         )
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target_ids, counts, row_max, log_sum, entropy)
         ctx.temperature, ctx.with_entropy, ctx.inplace, ctx.backend = (
             temperature,
@@ -80,8 +84,12 @@ class _SelectedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, target_ids, counts, row_max, log_sum, entropy = ctx.saved_tensors
-        g = grad_logprobs.to(torch.float32).contiguous()
-        h = grad_entropy.to(torch.float32).contiguous() if ctx.with_entropy else None
+        g = (
+            row_max.new_zeros(row_max.shape)
+            if grad_logprobs is None
+            else grad_logprobs.contiguous()
+        )
+        h = None if grad_entropy is None or not ctx.with_entropy else grad_entropy.contiguous()
         if counts is not None:
             g = torch.where(counts, g, 0.0)
             h = None if h is None else torch.where(counts, h, 0.0)
@@ -161,15 +169,6 @@ def selected_logprobs(
     )
     shape = target_ids.shape
     return logprobs.view(shape), None if entropy is None else entropy.view(shape)
-
-
-def _response_sums(x: Tensor, responses: args.Responses) -> Tensor:
-    """[R] sums over each response's tokens, in a fixed order; x [N] is 0 where a token does not
-    count."""
-    if responses.padded:
-        batch = len(responses.lengths)
-        return x.view(batch, x.numel() // max(batch, 1)).sum(1)
-    return torch.segment_reduce(x, "sum", lengths=responses.lengths, unsafe=True, initial=0.0)
 
 
 def policy_loss(
@@ -262,7 +261,7 @@ def policy_loss(
     if not one_pass and skip_zero_advantage and not objective.pulls_without_advantage:
         live = counts & (A != 0)
         if objective.ratio_level == "sequence":  # a response's ratio needs all of its tokens
-            live = (_response_sums(live.to(torch.float32), responses) > 0)[responses.index]
+            live = args.spread(args.sums(live.to(torch.float32), responses) > 0, responses)
         counts = counts & live
 
     if backend == "reference":
@@ -278,7 +277,9 @@ def policy_loss(
             A,
             counts,
             temperature,
-            response=responses.index,
+            response=args.spread(
+                torch.arange(len(responses.lengths), device=ids.device), responses
+            ),
             num_responses=len(responses.lengths),
             ref_logprobs=ref,
             importance_weights=importance,
@@ -293,7 +294,7 @@ def policy_loss(
             logits, ids, counts, temperature, with_entropy, inplace, backend
         )
         moved = torch.where(counts, logprobs.detach() - old, 0.0)
-        log_ratio = (_response_sums(moved, responses) / responses.lengths)[responses.index]
+        log_ratio = args.spread(args.sums(moved, responses) / responses.lengths, responses)
         decision = decide(
             objective,
             logprobs,
@@ -327,7 +328,7 @@ def policy_loss(
 
     token_loss, logprobs, entropy, ratio, clipped = out
     shape = target_ids.shape
-    means = _response_sums(token_loss, responses) / responses.lengths.clamp(min=1)
+    means = args.sums(token_loss, responses) / responses.lengths.clamp(min=1)
     return PolicyLoss(
         loss,
         token_loss.view(shape),
