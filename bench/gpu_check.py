@@ -489,14 +489,16 @@ def one_launch() -> None:
 
     r = Rows(4096, 151936)
     for _ in range(3):
-        ops.fused_(r.logits, *r.arguments(), "cuda")
-        ops.row_stats(r.logits, r.ids, None, 1.0, False, "cuda")
+        for backend in ("cuda", "triton"):
+            ops.fused_(r.logits, *r.arguments(), backend)
+            ops.row_stats(r.logits, r.ids, None, 1.0, False, backend)
     r.torch.cuda.synchronize()
 
 
 @section(80)
 def ncu() -> dict[str, Any]:
-    """Bytes that went to and from device memory, and what the multiprocessors were busy with."""
+    """Bytes that went to and from device memory, and what the multiprocessors were busy with, of
+    the cuda backend's two kernels and then of Triton's."""
     if shutil.which("ncu") is None:
         return {"missing": "ncu"}
     metrics = [
@@ -510,10 +512,42 @@ def ncu() -> dict[str, Any]:
     ]
     return output(
         *("ncu", "--clock-control", "none", "--metrics", ",".join(metrics), "--kernel-name"),
-        *("regex:fused_cluster|fused_streaming|row_stats", "--launch-skip", "2"),
-        *("--launch-count", "3", sys.executable, __file__, "--run", "one_launch"),
+        *("regex:fused|row_stats", "--launch-skip", "4"),
+        *("--launch-count", "4", sys.executable, __file__, "--run", "one_launch"),
         seconds=75,
     )
+
+
+@section(110)
+def launches() -> dict[str, Any]:
+    """Triton's fused kernel launched otherwise than by its table, beside what the model expects."""
+    from dcpo_kernels import ops
+    from dcpo_kernels.backends import triton
+    from dcpo_kernels.bench import launches as model
+
+    bandwidth = copy_bandwidth()
+    rows: list[dict[str, Any]] = []
+    for dtype, vocab in (
+        *(
+            (name, v)
+            for v in (8192, 32000, 65536, 102400, 128256, 151936)
+            for name in ("bfloat16",)
+        ),
+        ("float32", 32000),
+        ("float32", 128256),
+    ):
+        r = Rows(max(512, (1 << 28) // vocab), vocab, dtype)
+        gpu = model.Gpu(*triton._device(0)[::2])
+        for entry in model.launches(vocab, r.logits.element_size(), gpu):
+            triton.program_threads = entry["threads"]
+            attempt(
+                rows, entry, bandwidth, 2 * r.logits.nbytes,
+                lambda r=r: clock(lambda: ops.fused_(r.logits, *r.arguments(), "triton"),
+                                  seconds=0.2),
+            )  # fmt: skip
+        triton.program_threads = 0
+        del r
+    return {"copy_bytes_a_second": bandwidth, "rows": rows}
 
 
 # ---- one after the other ------------------------------------------------------------------------
@@ -540,6 +574,12 @@ def summary(report: dict[str, Any]) -> None:
     speeds = report["sections"].get("speed", {}).get("result") or {}
     if speeds:
         print(f"copy {speeds['copy_bytes_a_second'] / 1e12:.3f} TB/s")
+    tried = report["sections"].get("launches", {}).get("result") or {}
+    for row in tried.get("rows", ()):
+        what = f"{row['threads']} threads{' *' if row['chosen'] else ''}"
+        measured = row.get("error") or f"{row['share_of_copy']:7.1%} of copy"
+        shape = f"{8 * row['size']} bit x {row['vocab']}"
+        print(f"{shape:<16}{what:<14}{measured[:80]}, model {row['share']:.1%}")
     for row in speeds.get("rows", ()):
         shape = f"{row['rows']} x {row['vocab']}"
         result = row.get("error") or f"{row['ms']:8.3f} ms {row['share_of_copy']:7.1%} of copy"

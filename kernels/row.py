@@ -1,10 +1,11 @@
 """Read, decide, write in Triton: the row kernels.
 
 A program owns a row; the grid is a few programs per multiprocessor, and each walks down the rows
-with the grid as its stride. A row is cut into tiles of BLOCK logits. All tiles but the last are
-swept without a mask. The last one is masked with -inf and stays in registers from the read to the
-write: a row of one tile is loaded once. Its other tiles are loaded a second time, the last ones
-first, out of the L2 cache (dcpo_kernels/backends/triton.py has the sizes that make them fit).
+with the grid as its stride. A row is cut into tiles of BLOCK logits. The last full one stays in
+registers from the read to the write, so a row of one tile is loaded once. That one and what follows
+are masked with -inf, the tiles before it are swept without a mask. All but the kept one are loaded
+a second time, in the opposite order, out of the L2 cache (dcpo_kernels/backends/triton.py has the
+sizes that make them fit).
 
 A tile has three axes, [BLOCK / (LANES VECTOR), LANES, VECTOR]: a lane is a thread, a vector 16
 bytes. Only the middle axis crosses threads. So a lane keeps its own running maximum and sum (online
@@ -85,11 +86,27 @@ def last_tile(vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_last(x, lane, step, vocab, BLOCK: tl.constexpr):
-    last = last_tile(vocab, BLOCK)
-    here = step < vocab - last - lane
-    return tl.load(
-        x + last + lane + step, mask=here, other=float("-inf"), eviction_policy="evict_first"
+def kept_tile(vocab, BLOCK: tl.constexpr):
+    """First column of the tile that stays in registers, the last full one. It and at most one more
+    are masked."""
+    return tl.maximum(last_tile(vocab, BLOCK) - BLOCK, 0)
+
+
+@triton.jit
+def load_masked(x, start, lane, step, vocab, POLICY: tl.constexpr):
+    """-inf past the row's end."""
+    here = step < vocab - start - lane
+    return tl.load(x + start + lane + step, mask=here, other=float("-inf"), eviction_policy=POLICY)
+
+
+@triton.jit
+def store_masked(dx, entries, start, lane, step, vocab):
+    here = step < vocab - start - lane
+    tl.store(
+        dx + start + lane + step,
+        entries.to(dx.dtype.element_ty),
+        mask=here,
+        eviction_policy="evict_first",
     )
 
 
@@ -149,7 +166,7 @@ def read_row(
     WITH_ENTROPY: tl.constexpr,
     AGAIN: tl.constexpr,  # the row is going to be read again, its tiles should stay in L2
 ):
-    """max x, log sum e^((x - max x) / T), the entropy, and the last tile. Maximum and log-sum stay
+    """max x, log sum e^((x - max x) / T), the entropy, and the kept tile. Maximum and log-sum stay
     apart: added up, a row shifted by 1e4 would lose four digits."""
     LANES: tl.constexpr = lane.shape[1]
     POLICY: tl.constexpr = "evict_last" if AGAIN else "evict_first"
@@ -157,15 +174,18 @@ def read_row(
     most = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
-    for start in range(0, last_tile(vocab, BLOCK), BLOCK):
+    last, kept = last_tile(vocab, BLOCK), kept_tile(vocab, BLOCK)
+    for start in range(0, kept, BLOCK):
         tile = tl.load(x + start + lane + step, eviction_policy=POLICY)
         most, total, weighted = accumulate(tile, most, total, weighted, scale, WITH_ENTROPY)
-    last = load_last(x, lane, step, vocab, BLOCK)
-    most, total, weighted = accumulate(last, most, total, weighted, scale, WITH_ENTROPY)
+    tile = tl.full([step.shape[0], LANES, step.shape[2]], float("-inf"), x.dtype.element_ty)
+    for back in range(0, last - kept + 1, BLOCK):
+        tile = load_masked(x, last - back, lane, step, vocab, POLICY)
+        most, total, weighted = accumulate(tile, most, total, weighted, scale, WITH_ENTROPY)
 
     row_max, log_sum, mean = finish_row(most, total, weighted, scale)
     entropy = log_sum - LN2 * mean if WITH_ENTROPY else 0.0
-    return row_max, log_sum, entropy, last
+    return row_max, log_sum, entropy, tile
 
 
 # ---- write --------------------------------------------------------------------------------------
@@ -200,7 +220,7 @@ def gradient_at(
 def write_row(
     x,
     dx,  # may be x
-    last,  # its last tile
+    tile,  # its kept tile
     lane,
     step,
     vocab,
@@ -228,22 +248,31 @@ def write_row(
         a = -h * LN2 / temperature
         b -= h * entropy / temperature
 
-    end = last_tile(vocab, BLOCK)
-    here = step < vocab - end - lane
-    last = gradient_of_tile(
-        last, step == target - end - lane, entry, row_max, offset, scale, a, b, WITH_ENTROPY_TERM
+    kept = kept_tile(vocab, BLOCK)
+    entries = gradient_of_tile(
+        tile, step == target - kept - lane, entry, row_max, offset, scale, a, b, WITH_ENTROPY_TERM
     )
-    tl.store(
-        dx + end + lane + step,
-        last.to(dx.dtype.element_ty),
-        mask=here,
-        eviction_policy="evict_first",
-    )
-    for done in range(0, end, BLOCK):
-        start = end - BLOCK - done
-        tile = tl.load(x + start + lane + step, eviction_policy="evict_first")
-        tile = gradient_of_tile(
-            tile,
+    store_masked(dx, entries, kept, lane, step, vocab)
+    last = last_tile(vocab, BLOCK)
+    if kept < last:
+        tail = load_masked(x, last, lane, step, vocab, "evict_first")
+        entries = gradient_of_tile(
+            tail,
+            step == target - last - lane,
+            entry,
+            row_max,
+            offset,
+            scale,
+            a,
+            b,
+            WITH_ENTROPY_TERM,
+        )
+        store_masked(dx, entries, last, lane, step, vocab)
+    for done in range(0, kept, BLOCK):
+        start = kept - BLOCK - done
+        again = tl.load(x + start + lane + step, eviction_policy="evict_first")
+        entries = gradient_of_tile(
+            again,
             step == target - start - lane,
             entry,
             row_max,
@@ -254,7 +283,7 @@ def write_row(
             WITH_ENTROPY_TERM,
         )
         tl.store(
-            dx + start + lane + step, tile.to(dx.dtype.element_ty), eviction_policy="evict_first"
+            dx + start + lane + step, entries.to(dx.dtype.element_ty), eviction_policy="evict_first"
         )
 
 
@@ -274,7 +303,7 @@ def zero_row(dx, lane, step, vocab, BLOCK: tl.constexpr):
 @triton.jit
 def full_kl(
     x,
-    last,
+    tile,  # its kept tile
     row_max,
     log_sum,
     old_x,
@@ -285,22 +314,26 @@ def full_kl(
     BLOCK: tl.constexpr,
 ):
     """KL(q || p) over the vocabulary (DPPO section 4) while the row of old logits is read: the mean
-    of log q - log p under q. Also what read_row would return of that row."""
+    of log q - log p under q. Also the maximum and log-sum of that row."""
     LANES: tl.constexpr = lane.shape[1]
     scale = LOG2E / temperature
     most = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
     weighted = tl.zeros([LANES], tl.float32)
-    end = last_tile(vocab, BLOCK)
-    old_last = load_last(old_x, lane, step, vocab, BLOCK)
-    most, total, weighted = accumulate_beside(old_last, last, row_max, most, total, weighted, scale)
-    for done in range(0, end, BLOCK):
-        at = end - BLOCK - done + lane + step
+    kept = kept_tile(vocab, BLOCK)
+    old = load_masked(old_x, kept, lane, step, vocab, "evict_first")
+    most, total, weighted = accumulate_beside(old, tile, row_max, most, total, weighted, scale)
+    for start in range(kept + BLOCK, vocab, BLOCK):
+        tail = load_masked(x, start, lane, step, vocab, "evict_last")
+        old = load_masked(old_x, start, lane, step, vocab, "evict_first")
+        most, total, weighted = accumulate_beside(old, tail, row_max, most, total, weighted, scale)
+    for done in range(0, kept, BLOCK):
+        at = kept - BLOCK - done + lane + step
         tile = tl.load(x + at, eviction_policy="evict_last")
         old = tl.load(old_x + at, eviction_policy="evict_first")
         most, total, weighted = accumulate_beside(old, tile, row_max, most, total, weighted, scale)
     old_max, old_log_sum, mean = finish_row(most, total, weighted, scale)
-    return LN2 * mean - old_log_sum + log_sum, old_max, old_log_sum, old_last
+    return LN2 * mean - old_log_sum + log_sum, old_max, old_log_sum
 
 
 @triton.jit
@@ -330,11 +363,11 @@ def tv_of_tile(x, old, row_max, offset, old_max, old_offset, scale):
 @triton.jit
 def full_tv(
     x,
-    last,
+    tile,  # its kept tile
     row_max,
     log_sum,
     old_x,
-    old_last,
+    old,
     old_max,
     old_log_sum,
     lane,
@@ -348,10 +381,16 @@ def full_tv(
     scale = LOG2E / temperature
     offset = log_sum * LOG2E
     old_offset = old_log_sum * LOG2E
-    parts, drifts = tv_of_tile(last, old_last, row_max, offset, old_max, old_offset, scale)
-    end = last_tile(vocab, BLOCK)
-    for done in range(0, end, BLOCK):
-        at = end - BLOCK - done + lane + step
+    kept = kept_tile(vocab, BLOCK)
+    parts, drifts = tv_of_tile(tile, old, row_max, offset, old_max, old_offset, scale)
+    for start in range(kept + BLOCK, vocab, BLOCK):
+        tile = load_masked(x, start, lane, step, vocab, "evict_last")
+        old = load_masked(old_x, start, lane, step, vocab, "evict_first")
+        part, drift = tv_of_tile(tile, old, row_max, offset, old_max, old_offset, scale)
+        parts += part
+        drifts += drift
+    for done in range(0, kept, BLOCK):
+        at = kept - BLOCK - done + lane + step
         tile = tl.load(x + at, eviction_policy="evict_last")
         old = tl.load(old_x + at, eviction_policy="evict_first")
         part, drift = tv_of_tile(tile, old, row_max, offset, old_max, old_offset, scale)
@@ -392,9 +431,7 @@ def pulled_gradient_of_tile(
 def write_pulled_row(
     x,
     dx,  # may be x
-    last,
     old_x,
-    old_last,
     lane,
     step,
     vocab,
@@ -422,30 +459,12 @@ def write_pulled_row(
     b = -(g + h * entropy) / temperature
     pull /= temperature
 
-    end = last_tile(vocab, BLOCK)
-    last = pulled_gradient_of_tile(
-        last,
-        old_last,
-        step == target - end - lane,
-        entry,
-        row_max,
-        offset,
-        old_max,
-        old_offset,
-        scale,
-        a,
-        b,
-        pull,
-        drift,
-        DIVERGENCE,
-    )
-    tl.store(dx + end + lane + step, last.to(dx.dtype.element_ty), mask=step < vocab - end - lane)
-    for done in range(0, end, BLOCK):
-        start = end - BLOCK - done
-        at = start + lane + step
-        tile = pulled_gradient_of_tile(
-            tl.load(x + at, eviction_policy="evict_first"),
-            tl.load(old_x + at, eviction_policy="evict_first"),
+    last = last_tile(vocab, BLOCK)
+    for done in range(0, last + 1, BLOCK):
+        start = last - done
+        entries = pulled_gradient_of_tile(
+            load_masked(x, start, lane, step, vocab, "evict_first"),
+            load_masked(old_x, start, lane, step, vocab, "evict_first"),
             step == target - start - lane,
             entry,
             row_max,
@@ -459,7 +478,7 @@ def write_pulled_row(
             drift,
             DIVERGENCE,
         )
-        tl.store(dx + at, tile.to(dx.dtype.element_ty), eviction_policy="evict_first")
+        store_masked(dx, entries, start, lane, step, vocab)
 
 
 # ---- the kernels --------------------------------------------------------------------------------
@@ -549,7 +568,7 @@ def fused(
                 x_listed = tl.load(x + ids, mask=inside, other=float("-inf")).to(tl.float32)
                 x_listed = tl.where(sampled, x_target, x_listed)
 
-            row_max, log_sum, entropy, last = read_row(
+            row_max, log_sum, entropy, kept = read_row(
                 x,
                 lane,
                 step,
@@ -580,20 +599,20 @@ def fused(
                 )
                 drift = 0.0
                 if DIVERGENCE == FULL_KL:
-                    divergence, old_max, old_log_sum, old_last = full_kl(
-                        x, last, row_max, log_sum, old_x, lane, step, vocab, temperature, BLOCK
+                    divergence, old_max, old_log_sum = full_kl(
+                        x, kept, row_max, log_sum, old_x, lane, step, vocab, temperature, BLOCK
                     )
                 else:
-                    old_max, old_log_sum, _, old_last = read_row(
+                    old_max, old_log_sum, _, old_kept = read_row(
                         old_x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY=False, AGAIN=True
                     )
                     divergence, drift = full_tv(
                         x,
-                        last,
+                        kept,
                         row_max,
                         log_sum,
                         old_x,
-                        old_last,
+                        old_kept,
                         old_max,
                         old_log_sum,
                         lane,
@@ -652,9 +671,7 @@ def fused(
                     write_pulled_row(
                         x,
                         dx,
-                        last,
                         old_x,
-                        old_last,
                         lane,
                         step,
                         vocab,
@@ -679,7 +696,7 @@ def fused(
                     write_row(
                         x,
                         dx,
-                        last,
+                        kept,
                         lane,
                         step,
                         vocab,
@@ -829,7 +846,7 @@ def row_gradient(
             write_row(
                 x,
                 dx,
-                load_last(x, lane, step, vocab, BLOCK),
+                load_masked(x, kept_tile(vocab, BLOCK), lane, step, vocab, "evict_first"),
                 lane,
                 step,
                 vocab,

@@ -7,7 +7,6 @@ get. `python tests/aot.py sm_90 count` prints how often each kernel was compiled
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import re
@@ -90,7 +89,7 @@ def variants() -> list[tuple[Any, tuple]]:
     return calls
 
 
-def sweeps_of(sass: str) -> str:
+def sweeps_of(sass: str) -> list[str]:
     """The innermost loops: from a label to a branch back to it, with no such pair in between."""
     lines = sass.splitlines()
     labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
@@ -101,14 +100,15 @@ def sweeps_of(sass: str) -> str:
         for start, end in loops
         if not any(start <= a and b <= end and (a, b) != (start, end) for a, b in loops)
     ]
-    sweeps = [lines[start:end] for start, end in innermost if end - start > 1]
+    sweeps = ["\n".join(lines[start : end + 1]) for start, end in innermost if end - start > 1]
     assert sweeps
-    return "\n".join(itertools.chain(*sweeps))
+    return sweeps
 
 
-def facts_of(compiled) -> dict[str, Any]:
-    """What the assembler says of a kernel: loads and stores by width, float64, registers, bytes of
-    local memory, spills in its sweeps."""
+def facts_of(compiled, size: int) -> dict[str, Any]:
+    """What the assembler says of a kernel for logits of so many bytes: loads and stores by width,
+    float64, registers, bytes of local memory, spills in its sweeps, and the instructions a logit of
+    those that load 16 bytes at a time, reading alone and writing too."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -122,14 +122,22 @@ def facts_of(compiled) -> dict[str, Any]:
     operations = operation.findall(sass)
     assert numbers and operations
 
-    def count(pattern):
+    def count(pattern, operations=operations):
         return sum(bool(re.match(pattern, operation)) for operation in operations)
+
+    issued: dict[str, list[float]] = {"read": [], "write": []}
+    sweeps = [operation.findall(sweep) for sweep in sweeps_of(sass)]
+    for sweep in sweeps:
+        if loads := count(r"LDG\b.*\.128$", sweep):
+            kind = "write" if count("STG", sweep) else "read"
+            issued[kind].append(len(sweep) * size / (16 * loads))
 
     return {
         "registers": numbers["REG"],
         "stack": numbers["STACK"] + numbers["LOCAL"],
         "shared": compiled.metadata.shared,
-        "spills": sum(o.startswith(("LDL", "STL")) for o in operation.findall(sweeps_of(sass))),
+        "spills": sum(count("LDL|STL", sweep) for sweep in sweeps),
+        "issued": issued,
         "wide_loads": count(r"LDG\b.*\.128$"),
         "other_loads": count(r"LDG\b(?!.*\.128$)"),
         "wide_stores": count(r"STG\b.*\.128$"),
@@ -161,6 +169,7 @@ def compile_all() -> list[dict[str, Any]]:
                     - (1 if name in ("row_stats", "scale") else 2 if name == "row_gradient" else 3)
                 ],
                 "vectors": constants[-2] * arguments_size(arguments) // (16 * constants[-1]),
+                "size": arguments_size(arguments),
                 "compiled": backend._compiled[key],
             }
         )
@@ -174,7 +183,7 @@ def arguments_size(arguments: tuple) -> int:
 def count_compilations() -> dict[str, int]:
     draw = random.Random(0)
     for _ in range(20):
-        rows, vocab = draw.randint(1, 99), 8 * draw.randint(5000, 40000)
+        rows, vocab = draw.randint(1, 99), 8 * draw.randint(3000, 30000)
         logits = torch.empty(rows, vocab, dtype=torch.bfloat16, requires_grad=True)
         ids, row = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
         lengths = [draw.randint(0, rows)]
@@ -212,5 +221,5 @@ if __name__ == "__main__":
         gpuless.use("cuda", int(arch.removeprefix("sm_")), 32)
         entries = compile_all()
         for entry in entries:
-            entry |= facts_of(entry.pop("compiled"))
+            entry |= facts_of(entry.pop("compiled"), entry["size"])
     print(json.dumps(entries))

@@ -57,7 +57,7 @@ backend.unavailable = lambda device: ""
 
 def use(kind: str, arch: int | str, warp: int) -> None:
     driver.target = GPUTarget(kind, arch, warp)
-    backend._device = lambda index: (132, warp)  # multiprocessors of an H200
+    backend._device = lambda index: backend.Device(132, warp, 50 << 20)  # an H200
 
 
 use("cuda", 90, 32)

@@ -20,6 +20,7 @@ from problems import DTYPES, OBJECTIVES, assert_matches, problem
 
 import dcpo_kernels as dk
 from dcpo_kernels import backends, ops
+from dcpo_kernels.bench import launches
 from dcpo_kernels.objectives import AGGREGATIONS, kernel_arguments
 
 INF, NAN = float("inf"), float("nan")
@@ -103,7 +104,7 @@ def test_topk_with_and_without_the_sampled_token(name, k):
 # ---- rows of several tiles, and their tails -----------------------------------------------------
 
 # One lane and less, the smallest block and beside it, one and several tiles of every kernel.
-VOCABS = [1, 2, 17, 511, 512, 513, 1003, 8192, 8193, 32768, 32769, 40008]
+VOCABS = [1, 2, 17, 511, 512, 513, 1003, 8192, 8193, 32768, 32769, 40008, 81928]
 
 
 def hard_rows(vocab: int) -> torch.Tensor:
@@ -131,7 +132,7 @@ def test_selected_logprobs_of_hard_rows(vocab, dtype):
 @interpreted
 @on_two_dtypes
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
-@pytest.mark.parametrize("vocab", [513, 8193, 32769, 40008])
+@pytest.mark.parametrize("vocab", [513, 8193, 32769, 40008, 81928])
 def test_policy_loss_of_hard_rows(vocab, entropy_coef, dtype):
     p = problem(dk.dcpo(entropy_coef=entropy_coef), dtype=dtype, lengths=(7,), vocab=16)
     p.base = hard_rows(vocab).to(dtype)
@@ -277,9 +278,9 @@ def compiled(arch: str) -> list[dict[str, Any]]:
     return entries
 
 
-# Sweeps of a row: over all tiles but the last, and over the last.
-LOADS = {"fused": 3, "row_stats": 2, "row_gradient": 2, "scale": 1}
-STORES = {"fused": 2, "row_stats": 0, "row_gradient": 2, "scale": 1}
+# Sweeps of a row: unmasked, the tail, and the tile that is loaded once.
+LOADS = {"fused": 4, "row_stats": 2, "row_gradient": 3, "scale": 1}
+STORES = {"fused": 3, "row_stats": 0, "row_gradient": 3, "scale": 1}
 SCALARS = {"fused": 12, "row_stats": 4, "row_gradient": 8, "scale": 1}  # loads of one value a row
 
 
@@ -321,6 +322,36 @@ def test_nothing_spills_and_everything_fits(arch):
 
 
 @compiles
+@on("sm_90")
+def test_sweeps_issue_what_the_model_of_launches_counts_with(arch):
+    """And at 4.8 TB/s an H200 has a tenth of its issue slots to spare, with an entropy term too."""
+    gpu = launches.Gpu()
+    for entry in compiled(arch):
+        if entry["kernel"] != "fused" or not entry["aligned"] or not entry["writes"]:
+            continue
+        if entry["of"][0].split()[0] in ("tv", "kl"):
+            continue
+        (unmasked, masked), (write,) = entry["issued"]["read"], entry["issued"]["write"]
+        assert unmasked < masked
+        traffic = 2 * entry["size"]
+        assert masked + write < 0.9 * 128 * traffic * gpu.multiprocessors / gpu.bytes_a_clock, entry
+        if entry["of"] in (["dynamic-clip", "bf16", 151936], ["dynamic-clip", "fp32", 151936]):
+            read_limit, write_limit = launches.INSTRUCTIONS[entry["size"]]
+            assert 0.95 * read_limit < unmasked <= read_limit, entry
+            assert 0.95 * write_limit < write <= write_limit, entry
+
+
+@compiles
+def test_the_launches_a_model_prefers():
+    """For each vocabulary the launcher takes one that is within a tenth of the best it has."""
+    gpu = launches.Gpu()
+    for size, vocab in ((2, 16384), (2, 32000), (2, 128256), (2, 151936), (4, 32000), (4, 151936)):
+        found = launches.launches(vocab, size, gpu)
+        (chosen,) = (entry["share"] for entry in found if entry["chosen"])
+        assert chosen > max(entry["share"] for entry in found) - 0.1, found
+
+
+@compiles
 @on("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 def test_no_float64(arch):
     for entry in compiled(arch):
@@ -337,6 +368,7 @@ def test_nothing_keeps_an_amd_gpu_out(arch):
 
 @compiles
 def test_twenty_batches_compile_once():
-    """Whatever N, V, the lengths, the bounds and the temperature are."""
+    """Whatever N, V, the lengths, the bounds and the temperature are; `fused` for either of the two
+    ways to launch it."""
     counts = json.loads(run_python("aot.py", "sm_90", "count"))
-    assert counts == {"fused": 1, "row_stats": 1, "row_gradient": 1, "scale": 1}
+    assert counts == {"fused": 2, "row_stats": 1, "row_gradient": 1, "scale": 1}

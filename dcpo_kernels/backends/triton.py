@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,54 +42,68 @@ def unavailable(device: str = "cuda") -> str:
     return ""
 
 
-# How the rows are spread over the GPU: 32 logits a thread and 1024 threads a multiprocessor, so a
-# thread may have 64 registers, of which its logits take 16 (bf16) or 32. Then a multiprocessor has
-# 64 KiB of bf16 loads in flight; at 4.8 TB/s and 1 us of latency an H200 wants 36 KiB from each of
-# its 132.
+# How the rows are spread over the GPU. A thread holds up to 64 logits of 16 bits, or 32 of 32, in
+# 32 of the 128 registers it has where 512 of them fill a multiprocessor. Then that has 64 KiB of
+# loads in flight; at 4.8 TB/s and 1 us of latency an H200 wants 36 KiB from each of its 132.
 #
-# `fused` reads a row twice, so it matters how many rows are under way. At a vocabulary of 151,936
-# in bf16 a row has 304 KB, of which the last tile, 42 KB, stays in registers. With one program of
-# 1024 threads a multiprocessor, 132 rows leave 35 MB to the L2 cache (50 MB) until the second
-# sweep; two programs of 512 threads would leave twice that and send half of it to memory again, 1
-# byte in 5 more. Hence the largest tile there is. At 128,256: 3 tiles of 64 KB, 26 MB, and 30 K
-# logits in registers. In fp32 it is 70 and 52 MB, and what doesn't fit costs its second read. Rows
-# of one tile (V <= 32,768) are not read twice.
+# Kernels that pass over a row once take programs of 128 threads: while one waits for its row's
+# first logits or reduces its row, the three others keep the memory busy.
 #
-# The other kernels pass over a row once. There several programs a multiprocessor are better: while
-# one waits for its row's first logits or reduces its row, the others keep the memory busy.
+# `fused` reads a row twice but for its last tile, which stays in registers. So it matters how many
+# rows are under way: they should last in the L2 cache until the second sweep. A row of one tile
+# takes a program as small as holds it. Longer rows take two programs of 256 threads where they fit
+# into L2, else one of 512: at 151,936 in bf16 that leaves 35 MB to a cache of 50; two would leave
+# 72 and send half of it to memory again. bench/launches.py models the choices,
+# bench/results/NOTES.md says with what result.
 _THREADS = 512  # of a multiprocessor, with 128 registers each
-_PROGRAM = {"fused": 512}  # threads of a program, at most
-_PROGRAM |= dict.fromkeys(("row_stats", "row_gradient", "scale"), 128)
+_L2_SHARE = 0.6  # for the rows under way
+
+program_threads = 0  # of `fused`, for a benchmark that tries others; 0: as above
+
+
+class Device(NamedTuple):
+    multiprocessors: int
+    warp: int  # threads
+    l2_bytes: int
 
 
 @functools.lru_cache(maxsize=256)
-def _shape(
-    kernel: str, vocab: int, size: int, aligned: bool, registers: int, device: int
+def launch_shape(
+    kernel: str,
+    vocab: int,
+    size: int,
+    aligned: bool,
+    registers: int,
+    device: Device,
+    threads: int = 0,
 ) -> tuple[int, tuple[int, int], dict[str, Any]]:
     """For rows of a vocabulary of `size` bytes a logit: programs the GPU runs at once, (BLOCK,
-    LANES), options of the compiler. registers: how many a thread has for its logits; more than 16
-    of them are used where a row is longer than a tile."""
-    multiprocessors, warp = _device(device)
-    few = min(registers, 16)
+    LANES), options of the compiler. registers: how many a thread has for its logits."""
     # Only vector loads leave two 16-bit logits in a register.
-    each = few * 4 // size if aligned else few
-    lanes = min(_PROGRAM[kernel], max(warp, (1 << (vocab - 1).bit_length()) // each))
-    if lanes * each < vocab:
-        each *= registers // few
+    most, least = (registers * 4 // size, 16 // size) if aligned else (registers, 1)
+    row = 1 << (vocab - 1).bit_length()
+    if not threads:
+        threads = 128 if kernel != "fused" else 256
+        left = (vocab - threads * most) * size  # of a row, to the L2 cache
+        programs = device.multiprocessors * (_THREADS // threads)
+        if kernel == "fused" and left * programs > _L2_SHARE * device.l2_bytes:
+            threads = 512
+    lanes = max(device.warp, min(threads, row // most))
+    each = max(least, min(most, row // lanes))
     # Triton 3.10 changes the default of enable_fp_fusion; the bits should not change with it.
-    options: dict[str, Any] = {"num_warps": lanes // warp, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": lanes // device.warp, "enable_fp_fusion": True}
     if torch.version.hip is None:  # else ptxas may spill to fit in 64
         options["maxnreg"] = 65536 // _THREADS
-    return multiprocessors * (_THREADS // lanes), (lanes * each, lanes), options
+    programs = device.multiprocessors * max(1, _THREADS // lanes)
+    return programs, (lanes * each, lanes), options
 
 
 @functools.cache
-def _device(index: int) -> tuple[int, int]:
-    """Multiprocessors and threads of a warp."""
+def _device(index: int) -> Device:
     if _interpreted:
-        return 1, 32
+        return Device(1, 32, 0)
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.warp_size
+    return Device(properties.multi_processor_count, properties.warp_size, properties.L2_cache_size)
 
 
 def _layout(x: Tensor) -> tuple[tuple[int, int, int], bool]:
@@ -121,7 +135,9 @@ def _launch(
         with torch.cuda.device(index):
             return _launch(name, x, arguments, *constants, aligned=aligned, registers=registers)
     vocab, size = x.shape[-1], x.element_size()
-    programs, shape, options = _shape(name, vocab, size, aligned[0], registers, index)
+    programs, shape, options = launch_shape(
+        name, vocab, size, aligned[0], registers, _device(index), program_threads
+    )
     constants = (*constants, *aligned, aligned[0] and vocab * size % 16 == 0, *shape)
     grid = (min(row_count(x), programs), 1, 1)
     key = (name, index, x.dtype, constants, tuple(map(type, arguments)))
