@@ -34,6 +34,8 @@ def suite(device: str) -> list[Case]:
             of("fused", "dcpo", masked=0.2),
             of("fused", "grpo"),
             of("fused", "gspo"),
+            of("fused", "dppo-topk"),
+            of("fused", "dppo-full"),
             of("two_pass", ""),
             of("read", ""),
         ]
