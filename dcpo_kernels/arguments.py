@@ -190,7 +190,7 @@ def responses_of(
                 f"lengths add up to {int(given.sum())}, but there are {rows} rows of logits"
                 + (whole if objective.ratio_level == "sequence" else "")
             )
-    lengths_ = given.to(logits.device, torch.int64)
+    lengths_ = given.to(logits.device, torch.int64, non_blocking=True)
     if looked:
         index = torch.repeat_interleave(lengths_, output_size=rows)
         return Responses(torch.ones_like(index, dtype=torch.bool), lengths_, index)

@@ -178,7 +178,7 @@ def read_row(
     for start in range(0, kept, BLOCK):
         tile = tl.load(x + start + lane + step, eviction_policy=POLICY)
         most, total, weighted = accumulate(tile, most, total, weighted, scale, WITH_ENTROPY)
-    tile = tl.full([step.shape[0], LANES, step.shape[2]], float("-inf"), x.dtype.element_ty)
+    tile = tl.zeros([step.shape[0], LANES, step.shape[2]], x.dtype.element_ty)
     for back in range(0, last - kept + 1, BLOCK):
         tile = load_masked(x, last - back, lane, step, vocab, POLICY)
         most, total, weighted = accumulate(tile, most, total, weighted, scale, WITH_ENTROPY)

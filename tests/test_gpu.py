@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import test_golden
+import test_ops
 import torch
 from problems import DTYPES, LAYOUTS, OBJECTIVES, Problem, assert_matches, problem
 
@@ -47,6 +49,20 @@ def test_objectives_and_layouts(name, layout, dtype, backend):
     check(p, backend)
     if layout != "row-stride":
         check(p, backend, inplace=True)
+
+
+@test_golden.token_groups
+def test_golden_tokens(cases, backend):
+    with torch.device("cuda"):
+        test_golden.test_tokens_through_the_kernels(cases, backend)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@test_golden.batches
+def test_golden_batches(entry, dtype, layout, backend):
+    with torch.device("cuda"):
+        test_golden.test_batch_on_kernels(entry, dtype, layout, backend)
 
 
 # Real vocabularies, odd ones, and rows for each way to run: streaming, clusters of 1, 2, 4, 8.
@@ -115,6 +131,51 @@ def test_no_sync(backend):
         ops.scale_(gradient, torch.ones((), device="cuda"), backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("grouping", ["lengths", "lengths on the CPU", "mask"])
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "dppo-topk_tv", "dppo-kl"])
+def test_no_sync_in_a_training_step(name, grouping, backend):
+    layout = "padded" if grouping == "mask" else "packed"
+    p = on_gpu(problem(OBJECTIVES[name](), layout=layout, vocab=1003))
+    if grouping == "lengths on the CPU":
+        p.arguments["lengths"] = p.arguments["lengths"].tolist()
+    p.run(backend=backend)
+    leaf = p.base.clone().requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        dk.policy_loss(p.view(leaf), **p.arguments, backend=backend).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("layout", test_ops.LAYOUTS)
+@pytest.mark.parametrize("op", ops.__all__)
+def test_opcheck(op, layout, backend):
+    def moved(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
+
+    arguments = test_ops.arguments_of(op, layout, torch.bfloat16)[:-1]
+    torch.library.opcheck(getattr(ops, op), (*map(moved, arguments), backend))
+
+
+@pytest.mark.parametrize("name", ["dcpo", "gspo"])
+def test_compiled_into_cuda_graphs(name, backend):
+    p = on_gpu(problem(OBJECTIVES[name](), dtype=torch.bfloat16, vocab=1003))
+
+    def loss(base):
+        return dk.policy_loss(p.view(base), **p.arguments, backend=backend).loss
+
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    for scale in (1.0, 0.5, -0.9, 1.2):
+        leaves = [(scale * p.base).requires_grad_() for _ in range(2)]
+        losses = [f(leaf) for f, leaf in zip((loss, compiled), leaves, strict=True)]
+        for value in losses:
+            value.backward()
+        torch.testing.assert_close(losses[1], losses[0])
+        torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
 
 
 @pytest.mark.parametrize("vocab", [1003, 32000])

@@ -10,7 +10,8 @@ from dcpo_kernels import backends
 from dcpo_kernels.backends.layout import row_count
 from dcpo_kernels.ops.library import check_ids, define
 
-# N = rows of logits. weights 0: the row is not read, its results are 0 and its ratio 1.
+# N = rows of logits; tensors of N contiguous, which policy_loss sees to and nothing here checks.
+# weights 0: the row is not read, its results are 0 and its ratio 1.
 _ARGUMENTS = (
     "Tensor target_ids, "  # [N] int64
     "Tensor old_logprobs, Tensor advantages, Tensor weights, "  # [N] float32
