@@ -2,17 +2,21 @@
 
 `python tests/aot.py sm_90 all` prints a JSON list, one entry a compiled kernel. Every entry went
 through the operator and the launcher, so it has the constants, block and warps that a GPU would
-get. `python tests/aot.py sm_90 count` prints how often each kernel was compiled for twenty batches.
+get. `python tests/aot.py sm_90 count` prints how often each kernel was compiled for twenty batches,
+`python tests/aot.py sm_90 overhead` the microseconds of a call that ends where the driver begins.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +207,35 @@ def count_compilations() -> dict[str, int]:
     }
 
 
+def overhead() -> dict[str, float]:
+    """Median microseconds of the operator, and of the launcher without it."""
+    rows = 64
+    logits = torch.empty(rows, SEVERAL_TILES, dtype=torch.bfloat16)
+    ids, row = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
+    inputs = (ids, row, row, row, *[None] * 5)
+    objective = kernel_arguments(dk.dcpo())
+    results = (row, row, torch.empty(0), row, torch.empty(rows, dtype=torch.int8))
+    importlib.import_module("dcpo_kernels.ops.fused").check_ids = lambda *_: None  # as on a GPU
+    calls = {
+        "operator": lambda: ops.fused_(logits, *inputs, *objective, 1.0, False, False, "triton"),
+        "launcher": lambda: backend.fused(logits, logits, *inputs, objective, 1.0, False, *results),
+    }
+    medians = {}
+    for name, call in calls.items():
+        times = []
+        for _ in range(3000):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        medians[name] = round(1e6 * statistics.median(times), 1)
+    return medians
+
+
 if __name__ == "__main__":
     arch, which = sys.argv[1:]
+    if which == "overhead":
+        print(json.dumps(overhead()))
+        sys.exit()
     if which == "count":
         print(json.dumps(count_compilations()))
         sys.exit()
