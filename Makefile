@@ -12,7 +12,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc)  # folders too: a file may 
 CXX_FILES = $(filter %.h %.inc %.cpp %.cu %.cuh,$(NATIVE))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo bench test lint format check-wheels clean
+.PHONY: demo bench test lint format check-wheels check-triton clean
 
 demo: $(VENV)/demo
 	dcpo demo $(ARGS)
@@ -37,6 +37,10 @@ format: $(VENV)/test
 # Not part of make test: it installs two versions of torch.
 check-wheels:
 	PYTHON=$(PYTHON) scripts/check_wheels.sh
+
+# Not part of it either: it installs five versions of Triton.
+check-triton: $(VENV)/test
+	scripts/check_triton.sh
 
 clean:
 	rm -rf build dist *.egg-info dcpo_kernels/*.so $(VENV)/demo $(VENV)/test

@@ -7,8 +7,8 @@ are masked with -inf, the tiles before it are swept without a mask. All but the 
 a second time, in the opposite order, out of the L2 cache (dcpo_kernels/backends/triton.py has the
 sizes that make them fit).
 
-A tile has three axes, [BLOCK / (LANES VECTOR), LANES, VECTOR]: a lane is a thread, a vector 16
-bytes. Only the middle axis crosses threads. So a lane keeps its own running maximum and sum (online
+A tile has three axes, BLOCK / (LANES VECTOR), LANES and VECTOR: a lane is a thread, a vector 16
+bytes. Only the lanes cross threads. So a lane keeps its own running maximum and sum (online
 softmax, arXiv 1805.02867), a sweep has no barrier, and the row is reduced over the lanes once, in a
 fixed order.
 """
@@ -17,6 +17,7 @@ import inspect
 
 import triton
 import triton.language as tl
+from torch.torch_version import TorchVersion
 
 from dcpo_kernels import objectives
 from dcpo_kernels.kernels.objective import (
@@ -35,6 +36,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum before any logit: -inf - -inf is NaN
 MAX_K = tl.constexpr(objectives.MAX_K)
+# Which axis of a tile is the lanes. Triton lays the threads along the last of several axes without
+# neighbours in memory; until 3.6 along the first.
+LANE_AXIS = tl.constexpr(0 if TorchVersion(triton.__version__) < (3, 7) else 1)
 
 
 def kernel(function):
@@ -57,12 +61,6 @@ def row_of(x, row, per_batch, batch_stride, row_stride, ALIGNED: tl.constexpr):
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
-@triton.constexpr_function
-def vector_size(dtype, aligned):
-    """Logits a load: 16 bytes of them, or one where rows begin anywhere."""
-    return 128 // dtype.primitive_bitwidth if aligned else 1
-
-
 @triton.jit
 def whole(vocab, VECTOR: tl.constexpr, WHOLE: tl.constexpr):
     """The vocabulary's size; WHOLE: it is a multiple of VECTOR, and the compiler learns so."""
@@ -70,12 +68,19 @@ def whole(vocab, VECTOR: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def across_lanes(x):
+    """[LANES], as one axis of a tile."""
+    return x[None, :, None] if LANE_AXIS == 1 else x[:, None, None]
+
+
+@triton.jit
 def tile_columns(BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns of a tile in two parts: where a lane begins [1, LANES, 1], and the steps from there
-    [.., 1, VECTOR], which are constants to a thread. Added up before they are used as offsets or
+    """Columns of a tile in two parts: where a lane begins, and the steps from there along the other
+    axes, which are constants to a thread. Added up before they are used as offsets or
     compared, they would be a register an element, and spill."""
-    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
-    vector = tl.arange(0, BLOCK // (LANES * VECTOR))[:, None, None] * (LANES * VECTOR)
+    lane = across_lanes(tl.arange(0, LANES)) * VECTOR
+    vector = tl.arange(0, BLOCK // (LANES * VECTOR)) * (LANES * VECTOR)
+    vector = vector[:, None, None] if LANE_AXIS == 1 else vector[None, :, None]
     return lane, vector + tl.arange(0, VECTOR)[None, None, :]
 
 
@@ -124,7 +129,12 @@ def target_of(x, target, vocab):
 
 @triton.jit
 def lane_sum(x):
-    return tl.sum(tl.sum(x, 2), 0)
+    return tl.sum(tl.sum(x, 2), 1 - LANE_AXIS)
+
+
+@triton.jit
+def lane_max(x):
+    return tl.max(tl.max(x, 2), 1 - LANE_AXIS)
 
 
 @triton.jit
@@ -132,11 +142,11 @@ def accumulate(x, most, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
     """A tile of logits into each lane's max, sum e^(z - max) and sum e^(z - max) (z - max) / ln 2.
     A NaN goes into the sums; the maxima ignore it."""
     x = x.to(tl.float32)
-    higher = tl.maximum(most, tl.max(tl.max(x, 2), 0))
+    higher = tl.maximum(most, lane_max(x))
     # 2^-127 is as good as 0; held there, the -inf of a lane without a logit meets no 0.
     shift = tl.maximum((most - higher) * scale, -127.0)
     factor = tl.exp2(shift)
-    y = (x - higher[None, :, None]) * scale
+    y = (x - across_lanes(higher)) * scale
     e = tl.exp2(y)
     if WITH_ENTROPY:
         weighted = factor * (weighted + total * shift) + lane_sum(e * tl.maximum(y, -127.0))
@@ -168,7 +178,7 @@ def read_row(
 ):
     """max x, log sum e^((x - max x) / T), the entropy, and the kept tile. Maximum and log-sum stay
     apart: added up, a row shifted by 1e4 would lose four digits."""
-    LANES: tl.constexpr = lane.shape[1]
+    LANES: tl.constexpr = lane.shape[LANE_AXIS]
     POLICY: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     scale = LOG2E / temperature
     most = tl.full([LANES], LOWEST, tl.float32)
@@ -178,7 +188,7 @@ def read_row(
     for start in range(0, kept, BLOCK):
         tile = tl.load(x + start + lane + step, eviction_policy=POLICY)
         most, total, weighted = accumulate(tile, most, total, weighted, scale, WITH_ENTROPY)
-    tile = tl.zeros([step.shape[0], LANES, step.shape[2]], x.dtype.element_ty)
+    tile = tl.zeros((lane + step).shape, x.dtype.element_ty)
     for back in range(0, last - kept + 1, BLOCK):
         tile = load_masked(x, last - back, lane, step, vocab, POLICY)
         most, total, weighted = accumulate(tile, most, total, weighted, scale, WITH_ENTROPY)
@@ -289,7 +299,7 @@ def write_row(
 
 @triton.jit
 def zero_row(dx, lane, step, vocab, BLOCK: tl.constexpr):
-    zeros = tl.zeros([step.shape[0], lane.shape[1], step.shape[2]], dx.dtype.element_ty)
+    zeros = tl.zeros((lane + step).shape, dx.dtype.element_ty)
     last = last_tile(vocab, BLOCK)
     for start in range(0, last, BLOCK):
         tl.store(dx + start + lane + step, zeros, eviction_policy="evict_first")
@@ -315,7 +325,7 @@ def full_kl(
 ):
     """KL(q || p) over the vocabulary (DPPO section 4) while the row of old logits is read: the mean
     of log q - log p under q. Also the maximum and log-sum of that row."""
-    LANES: tl.constexpr = lane.shape[1]
+    LANES: tl.constexpr = lane.shape[LANE_AXIS]
     scale = LOG2E / temperature
     most = tl.full([LANES], LOWEST, tl.float32)
     total = tl.zeros([LANES], tl.float32)
@@ -341,10 +351,10 @@ def accumulate_beside(old, x, row_max, most, total, weighted, scale):
     """`accumulate` of a tile of old logits, with log2 q - log2 p (less what is constant) as the
     weight."""
     old = old.to(tl.float32)
-    higher = tl.maximum(most, tl.max(tl.max(old, 2), 0))
+    higher = tl.maximum(most, lane_max(old))
     shift = tl.maximum((most - higher) * scale, -127.0)
     factor = tl.exp2(shift)
-    y = (old - higher[None, :, None]) * scale
+    y = (old - across_lanes(higher)) * scale
     e = tl.exp2(y)
     distance = y - (x.to(tl.float32) - row_max) * scale
     terms = tl.where(e == 0, 0.0, e * distance)  # 0 (-inf + inf) is NaN
@@ -538,7 +548,7 @@ def fused(
     """Read, decide, write. Memory traffic a logit in bf16: 2 bytes read and 2 written; a row whose
     gradient is 0, 2 and 2 zeros; a row that does not count, 2 zeros. A full divergence reads 2 more
     of the old row."""
-    VECTOR: tl.constexpr = vector_size(logits.dtype.element_ty, ALIGNED)
+    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     WITH_ENTROPY: tl.constexpr = entropies is not None
     TOPK: tl.constexpr = DIVERGENCE == TOPK_TV or DIVERGENCE == TOPK_KL
     FULL: tl.constexpr = DIVERGENCE == FULL_TV or DIVERGENCE == FULL_KL
@@ -548,7 +558,7 @@ def fused(
         weight = tl.load(weights + row)
         advantage = tl.load(advantages + row)
         reads = weight != 0
-        if SKIP_ZERO_ADVANTAGE and not (WITH_KL or WITH_ENTROPY_TERM or WITH_PENALTY):
+        if SKIP_ZERO_ADVANTAGE and not (WITH_KL or (WITH_ENTROPY_TERM or WITH_PENALTY)):
             reads = reads & (advantage != 0)
         if reads:
             # Single logits are fetched before the row is reduced: the reduction has a barrier, and
@@ -769,7 +779,7 @@ def row_stats(
     LANES: tl.constexpr,
 ):
     """The read alone. Memory traffic a logit in bf16: 2 bytes read."""
-    VECTOR: tl.constexpr = vector_size(logits.dtype.element_ty, ALIGNED)
+    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     WITH_ENTROPY: tl.constexpr = entropies is not None
     lane, step = tile_columns(BLOCK, LANES, VECTOR)
     vocab = whole(vocab, VECTOR, WHOLE)
@@ -818,7 +828,7 @@ def row_gradient(
 ):
     """The write alone. Memory traffic a logit in bf16: 2 bytes read and 2 written; where g and h
     are 0, 2 zeros."""
-    VECTOR: tl.constexpr = vector_size(logits.dtype.element_ty, ALIGNED)
+    VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     lane, step = tile_columns(BLOCK, LANES, VECTOR)
     vocab = whole(vocab, VECTOR, WHOLE)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -878,7 +888,7 @@ def scale(
     LANES: tl.constexpr,
 ):
     """x *= factor in place, nothing for a factor of 1, which is read where it lies."""
-    VECTOR: tl.constexpr = vector_size(x.dtype.element_ty, ALIGNED)
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     lane, step = tile_columns(BLOCK, LANES, VECTOR)
     vocab = whole(vocab, VECTOR, WHOLE)
     factor = tl.load(factor).to(tl.float32)

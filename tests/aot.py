@@ -174,7 +174,7 @@ def compile_all() -> list[dict[str, Any]]:
                 ],
                 "vectors": constants[-2] * arguments_size(arguments) // (16 * constants[-1]),
                 "size": arguments_size(arguments),
-                "compiled": backend._compiled[key],
+                "compiled": backend._compiled[key][0],
             }
         )
     return facts

@@ -116,8 +116,8 @@ def _layout(x: Tensor) -> tuple[tuple[int, int, int], bool]:
 
 # Finding the compiled kernel among 50 arguments takes triton.jit some 50 us a call. Here it takes a
 # key: whatever a kernel is compiled for is a constant, the dtype, the device, or an argument that
-# is None.
-_compiled: dict[tuple[Any, ...], Any] = {}
+# is None. With it: how many arguments it takes; until Triton 3.2 it was called without constants.
+_compiled: dict[tuple[Any, ...], tuple[Any, int]] = {}
 
 
 def _launch(
@@ -141,11 +141,14 @@ def _launch(
     constants = (*constants, *aligned, aligned[0] and vocab * size % 16 == 0, *shape)
     grid = (min(row_count(x), programs), 1, 1)
     key = (name, index, x.dtype, constants, tuple(map(type, arguments)))
-    compiled = _compiled.get(key)
-    if compiled is None:
-        _compiled[key] = getattr(kernels, name)[grid](*arguments, *constants, **options)
-    else:
-        compiled[grid](*arguments, *constants)
+    arguments = (*arguments, *constants)
+    if key in _compiled:
+        compiled, count = _compiled[key]
+        compiled[grid](*arguments[:count])
+        return
+    compiled = getattr(kernels, name)[grid](*arguments, **options)
+    if compiled is not None:  # as in the interpreter
+        _compiled[key] = compiled, len(compiled.src.signature)
 
 
 def fused(
