@@ -528,16 +528,13 @@ def launches() -> dict[str, Any]:
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = []
     for dtype, vocab in (
-        *(
-            (name, v)
-            for v in (8192, 32000, 65536, 102400, 128256, 151936)
-            for name in ("bfloat16",)
-        ),
+        *(("bfloat16", vocab) for vocab in (8192, 32000, 65536, 102400, 128256, 151936)),
         ("float32", 32000),
         ("float32", 128256),
     ):
         r = Rows(max(512, (1 << 28) // vocab), vocab, dtype)
-        gpu = model.Gpu(*triton._device(0)[::2])
+        device = triton._device(0)
+        gpu = model.Gpu(device.multiprocessors, device.l2_bytes)
         for entry in model.launches(vocab, r.logits.element_size(), gpu):
             triton.program_threads = entry["threads"]
             attempt(

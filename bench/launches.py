@@ -52,8 +52,8 @@ def share_of_copy(
     multiprocessors, warps = 4, threads // 32
     pipe_rate = gpu.bytes_a_clock * multiprocessors / gpu.multiprocessors
     read, write = INSTRUCTIONS[size]
-    tiles = [min(block, vocab - start) for start in range(0, vocab, block)]
-    tiles.sort()  # the last one stays in registers
+    # The last one, always a full one, stays in registers.
+    tiles = sorted(min(block, vocab - start) for start in range(0, vocab, block))
     under_way = gpu.multiprocessors * programs * (vocab - tiles[-1]) * size
     kept = min(1.0, 0.8 * gpu.l2_bytes / max(under_way, 1))
     draw = random.Random(0)
@@ -67,10 +67,9 @@ def share_of_copy(
         pipe = max(pipe, now) + bytes_ / pipe_rate
         return pipe
 
-    def issue(scheduler: list[float], instructions: float, now: float):
+    def issue(scheduler: list[float], now: float, instructions: float) -> float:
         scheduler[0] = max(scheduler[0], now) + instructions  # greedy: a warp goes on while it can
-        now = yield scheduler[0]
-        return now
+        return scheduler[0]
 
     def warp(scheduler: list[float], barrier: list[Generator], now: float):
         now = yield now
@@ -78,7 +77,7 @@ def share_of_copy(
             now = yield now + gpu.head_clocks
             for tile in tiles:
                 now = yield memory(now, tile * size / warps) + gpu.memory_clocks
-                now = yield from issue(scheduler, tile / threads * read, now)
+                now = yield issue(scheduler, now, tile / threads * read)
             now = yield barrier
             now = yield now + gpu.reduce_clocks
             for i, tile in reversed(list(enumerate(tiles))):
@@ -88,7 +87,7 @@ def share_of_copy(
                         now = yield now + gpu.l2_clocks
                     else:
                         now = yield memory(now, bytes_) + gpu.memory_clocks
-                now = yield from issue(scheduler, tile / threads * write, now)
+                now = yield issue(scheduler, now, tile / threads * write)
                 memory(now, bytes_)
             done.append(now)
             now = yield barrier
@@ -124,7 +123,7 @@ def share_of_copy(
 def launches(vocab: int, size: int, gpu: Gpu) -> list[dict[str, Any]]:
     """What the backend takes for `fused` and aligned rows, and the others there are."""
     device = triton.Device(gpu.multiprocessors, 32, gpu.l2_bytes)
-    table = triton.launch_shape("fused", vocab, size, True, 32, device)
+    _, chosen, _ = triton.launch_shape("fused", vocab, size, True, 32, device)
     found = []
     for threads in THREADS:
         programs, (block, lanes), _ = triton.launch_shape(
@@ -140,7 +139,7 @@ def launches(vocab: int, size: int, gpu: Gpu) -> list[dict[str, Any]]:
                 "threads": lanes,
                 "programs": programs,
                 "block": block,
-                "chosen": (block, lanes) == table[1],
+                "chosen": (block, lanes) == chosen,
                 "share": share_of_copy(vocab, size, block, lanes, programs, gpu),
             }
         )

@@ -117,7 +117,7 @@ def spread(x: Tensor, responses: Responses) -> Tensor:
     return x[:, None].expand(len(x), time).reshape(-1)
 
 
-def sums(x: Tensor, responses: Responses) -> Tensor:
+def response_sums(x: Tensor, responses: Responses) -> Tensor:
     """[R] sums over each response's tokens, in a fixed order; x [N] is 0 where a token does not
     count."""
     if responses.index is None:

@@ -31,6 +31,12 @@ class PolicyLoss(NamedTuple):
     mask: Tensor  # bool: the token counts
 
 
+def _without_zeros(ctx) -> None:
+    """Backward gets None, not a tensor of zeros, for an output that has no gradient."""
+    if not torch.compiler.is_compiling():  # Dynamo does not know it, and fuses the zeros away
+        ctx.set_materialize_grads(False)
+
+
 class _Fused(torch.autograd.Function):
     """Read, decide and write at once: the gradient is ready before backward begins."""
 
@@ -44,8 +50,7 @@ class _Fused(torch.autograd.Function):
             gradient = logits
         else:
             *out, gradient = ops.fused(logits, *rest, True, backend)
-        if not torch.compiler.is_compiling():  # Dynamo does not know it, and fuses the zeros away
-            ctx.set_materialize_grads(False)
+        _without_zeros(ctx)
         ctx.backend = backend
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(*out)
@@ -69,8 +74,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         logprobs, entropy, row_max, log_sum = ops.row_stats(
             logits, target_ids, counts, temperature, with_entropy, backend
         )
-        if not torch.compiler.is_compiling():
-            ctx.set_materialize_grads(False)
+        _without_zeros(ctx)
         ctx.save_for_backward(logits, target_ids, counts, row_max, log_sum, entropy)
         ctx.temperature, ctx.with_entropy, ctx.inplace, ctx.backend = (
             temperature,
@@ -84,11 +88,7 @@ class _SelectedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         logits, target_ids, counts, row_max, log_sum, entropy = ctx.saved_tensors
-        g = (
-            row_max.new_zeros(row_max.shape)
-            if grad_logprobs is None
-            else grad_logprobs.contiguous()
-        )
+        g = torch.zeros_like(row_max) if grad_logprobs is None else grad_logprobs.contiguous()
         h = None if grad_entropy is None or not ctx.with_entropy else grad_entropy.contiguous()
         if counts is not None:
             g = torch.where(counts, g, 0.0)
@@ -261,7 +261,7 @@ def policy_loss(
     if not one_pass and skip_zero_advantage and not objective.pulls_without_advantage:
         live = counts & (A != 0)
         if objective.ratio_level == "sequence":  # a response's ratio needs all of its tokens
-            live = args.spread(args.sums(live.to(torch.float32), responses) > 0, responses)
+            live = args.spread(args.response_sums(live.to(torch.float32), responses) > 0, responses)
         counts = counts & live
 
     if backend == "reference":
@@ -294,7 +294,7 @@ def policy_loss(
             logits, ids, counts, temperature, with_entropy, inplace, backend
         )
         moved = torch.where(counts, logprobs.detach() - old, 0.0)
-        log_ratio = args.spread(args.sums(moved, responses) / responses.lengths, responses)
+        log_ratio = args.spread(args.response_sums(moved, responses) / responses.lengths, responses)
         decision = decide(
             objective,
             logprobs,
@@ -328,7 +328,7 @@ def policy_loss(
 
     token_loss, logprobs, entropy, ratio, clipped = out
     shape = target_ids.shape
-    means = args.sums(token_loss, responses) / responses.lengths.clamp(min=1)
+    means = args.response_sums(token_loss, responses) / responses.lengths.clamp(min=1)
     return PolicyLoss(
         loss,
         token_loss.view(shape),

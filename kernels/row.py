@@ -76,8 +76,8 @@ def across_lanes(x):
 @triton.jit
 def tile_columns(BLOCK: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Columns of a tile in two parts: where a lane begins, and the steps from there along the other
-    axes, which are constants to a thread. Added up before they are used as offsets or
-    compared, they would be a register an element, and spill."""
+    axes, which are constants to a thread. Added up before they are used as offsets or compared,
+    they would be a register an element, and spill."""
     lane = across_lanes(tl.arange(0, LANES)) * VECTOR
     vector = tl.arange(0, BLOCK // (LANES * VECTOR)) * (LANES * VECTOR)
     vector = vector[:, None, None] if LANE_AXIS == 1 else vector[None, :, None]
@@ -263,12 +263,11 @@ def write_row(
         tile, step == target - kept - lane, entry, row_max, offset, scale, a, b, WITH_ENTROPY_TERM
     )
     store_masked(dx, entries, kept, lane, step, vocab)
-    last = last_tile(vocab, BLOCK)
-    if kept < last:
-        tail = load_masked(x, last, lane, step, vocab, "evict_first")
+    for start in range(kept + BLOCK, vocab, BLOCK):
+        tail = load_masked(x, start, lane, step, vocab, "evict_first")
         entries = gradient_of_tile(
             tail,
-            step == target - last - lane,
+            step == target - start - lane,
             entry,
             row_max,
             offset,
@@ -277,7 +276,7 @@ def write_row(
             b,
             WITH_ENTROPY_TERM,
         )
-        store_masked(dx, entries, last, lane, step, vocab)
+        store_masked(dx, entries, start, lane, step, vocab)
     for done in range(0, kept, BLOCK):
         start = kept - BLOCK - done
         again = tl.load(x + start + lane + step, eviction_policy="evict_first")
@@ -303,8 +302,7 @@ def zero_row(dx, lane, step, vocab, BLOCK: tl.constexpr):
     last = last_tile(vocab, BLOCK)
     for start in range(0, last, BLOCK):
         tl.store(dx + start + lane + step, zeros, eviction_policy="evict_first")
-    here = step < vocab - last - lane
-    tl.store(dx + last + lane + step, zeros, mask=here, eviction_policy="evict_first")
+    store_masked(dx, zeros, last, lane, step, vocab)
 
 
 # ---- divergence from the whole row of another policy --------------------------------------------

@@ -19,7 +19,7 @@ with open(path) as file:
     kernels = json.load(file)
 assert all(k["float64"] == 0 and k["registers"] <= 128 for k in kernels)
 plain = next(k for k in kernels if k["of"] == ["dynamic-clip", "bf16", 151936])
-(read, _), (write,) = plain["issued"]["read"], plain["issued"]["write"]
+(read, _), (_, write) = plain["issued"]["read"], plain["issued"]["write"]
 spilled = [k["of"] for k in kernels if k["spills"]]
 print(f"triton {version}: {len(kernels)} kernels; fused dcpo issues {read + write:.1f} "
       f"instructions a bf16 logit; spills in a sweep: {spilled or 'none'}")

@@ -2,8 +2,9 @@
 
 `python tests/aot.py sm_90 all` prints a JSON list, one entry a compiled kernel. Every entry went
 through the operator and the launcher, so it has the constants, block and warps that a GPU would
-get. `python tests/aot.py sm_90 count` prints how often each kernel was compiled for twenty batches,
-`python tests/aot.py sm_90 overhead` the microseconds of a call that ends where the driver begins.
+get. `python tests/aot.py sm_90 count 80000 320000` prints how often each kernel was compiled for
+twenty batches with vocabularies from one to the other, `python tests/aot.py sm_90 overhead` the
+microseconds of a call that ends where the driver begins.
 """
 
 from __future__ import annotations
@@ -184,10 +185,10 @@ def arguments_size(arguments: tuple) -> int:
     return next(DTYPES[a].itemsize for a in arguments if isinstance(a, str) and a in DTYPES)
 
 
-def count_compilations() -> dict[str, int]:
+def count_compilations(least: int, most: int) -> dict[str, int]:
     draw = random.Random(0)
     for _ in range(20):
-        rows, vocab = draw.randint(1, 99), 8 * draw.randint(3000, 30000)
+        rows, vocab = draw.randint(1, 99), 8 * draw.randint(least // 8, most // 8)
         logits = torch.empty(rows, vocab, dtype=torch.bfloat16, requires_grad=True)
         ids, row = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
         lengths = [draw.randint(0, rows)]
@@ -232,12 +233,12 @@ def overhead() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    arch, which = sys.argv[1:]
+    arch, which, *vocabs = sys.argv[1:]
     if which == "overhead":
         print(json.dumps(overhead()))
         sys.exit()
     if which == "count":
-        print(json.dumps(count_compilations()))
+        print(json.dumps(count_compilations(*map(int, vocabs))))
         sys.exit()
     if arch == "gfx942":
         torch.version.hip = "6.0"

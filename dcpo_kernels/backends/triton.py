@@ -58,7 +58,7 @@ def unavailable(device: str = "cuda") -> str:
 _THREADS = 512  # of a multiprocessor, with 128 registers each
 _L2_SHARE = 0.6  # for the rows under way
 
-program_threads = 0  # of `fused`, for a benchmark that tries others; 0: as above
+program_threads = 0  # set by a benchmark that tries others; 0: as above
 
 
 class Device(NamedTuple):
@@ -78,24 +78,24 @@ def launch_shape(
     threads: int = 0,
 ) -> tuple[int, tuple[int, int], dict[str, Any]]:
     """For rows of a vocabulary of `size` bytes a logit: programs the GPU runs at once, (BLOCK,
-    LANES), options of the compiler. registers: how many a thread has for its logits."""
+    LANES), options of the compiler. registers: how many a thread has for its logits; threads: of a
+    program, if it is not to be chosen."""
     # Only vector loads leave two 16-bit logits in a register.
     most, least = (registers * 4 // size, 16 // size) if aligned else (registers, 1)
     row = 1 << (vocab - 1).bit_length()
     if not threads:
-        threads = 128 if kernel != "fused" else 256
-        left = (vocab - threads * most) * size  # of a row, to the L2 cache
-        programs = device.multiprocessors * (_THREADS // threads)
-        if kernel == "fused" and left * programs > _L2_SHARE * device.l2_bytes:
-            threads = 512
+        threads = 256 if kernel == "fused" else 128
+        rows = device.multiprocessors * (_THREADS // threads)
+        under_way = rows * (vocab - threads * most) * size
+        if kernel == "fused" and under_way > _L2_SHARE * device.l2_bytes:
+            threads = _THREADS
     lanes = max(device.warp, min(threads, row // most))
     each = max(least, min(most, row // lanes))
     # Triton 3.10 changes the default of enable_fp_fusion; the bits should not change with it.
     options: dict[str, Any] = {"num_warps": lanes // device.warp, "enable_fp_fusion": True}
     if torch.version.hip is None:  # else ptxas may spill to fit in 64
         options["maxnreg"] = 65536 // _THREADS
-    programs = device.multiprocessors * max(1, _THREADS // lanes)
-    return programs, (lanes * each, lanes), options
+    return device.multiprocessors * (_THREADS // lanes), (lanes * each, lanes), options
 
 
 @functools.cache
