@@ -1,7 +1,7 @@
 """Which implementation serves a tensor, and why.
 
-A backend is a module with `fused`, `row_stats`, `row_gradient` and `scale` (backends/native.py
-shows their arguments), or "reference", which losses.py runs as plain PyTorch under autograd.
+A backend is a module with a function for each operator; backends/reference.py has them all, in
+plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 # In order of preference.
 _CANDIDATES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("cuda", "triton", "reference")}
 _MODULES = {
+    "reference": "dcpo_kernels.backends.reference",
     "cpu": "dcpo_kernels.backends.native",
     "cuda": "dcpo_kernels.backends.cuda",
     "triton": "dcpo_kernels.backends.triton",
 }
-NAMES = ("auto", "reference", *_MODULES)
+NAMES = ("auto", *_MODULES)
 
 
 @functools.cache
@@ -32,8 +33,6 @@ def unavailable(name: str, device: str) -> str:
     """Why a backend can't serve tensors of this device; empty if it can."""
     if name not in _CANDIDATES.get(device, ("reference",)):
         return f"does not serve {device} tensors"
-    if name == "reference":
-        return ""
     return _load(name).unavailable(device)
 
 
@@ -60,7 +59,7 @@ def choose(backend: str, device: str) -> str:
 choose._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def kernels(backend: str, device: str) -> ModuleType:
+def kernels(backend: str) -> ModuleType:
     """The module that launches a backend's kernels; `backend` as `choose` returned it."""
     return _load(backend)
 
