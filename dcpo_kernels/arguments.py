@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dcpo_kernels import backends
 from dcpo_kernels.objective import AGGREGATIONS, MAX_K, Objective
@@ -64,8 +65,8 @@ def policy_batch(
 ) -> Batch:
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective such as dcpo(), got {objective!r}")
-    check_transforms("policy_loss")
     backend = check_logits("logits", logits, backend)
+    check_transforms("policy_loss", logits)
     if inplace:
         check_in_place(logits)
     token_mask, row_lengths, all_ones = _grouping(logits, mask, lengths, objective)
@@ -156,8 +157,8 @@ def targets_of(
     backend: str,
 ) -> tuple[Targets, Options, str]:
     """The same for `selected_logprobs`."""
-    check_transforms("selected_logprobs")
     backend = check_logits("logits", logits, backend)
+    check_transforms("selected_logprobs", logits)
     if inplace:
         check_in_place(logits)
     token_mask = None if mask is None else mask_of(mask, logits)
@@ -170,11 +171,15 @@ def targets_of(
     return Targets(ids, token_mask, temperatures), Options(number, with_entropy), backend
 
 
-def check_transforms(name: str) -> None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+def check_transforms(name: str, logits: Tensor) -> None:
+    """The operators are opaque to torch.func and to forward mode, which would see a constant."""
+    if torch.compiler.is_compiling():
+        return
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None
+    if dual or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{name} has first derivatives in reverse mode, by backward() or torch.autograd.grad: "
-            "torch.func's transforms (grad, jvp, hessian, vmap) can't go through it"
+            "forward mode and torch.func's transforms (grad, jvp, hessian, vmap) can't go through"
         )
 
 

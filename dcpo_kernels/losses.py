@@ -53,15 +53,6 @@ def _backward_once(ctx, name: str) -> None:
     ctx.spent = True
 
 
-def _no_forward_mode(name: str):
-    def jvp(ctx, *_):
-        raise RuntimeError(
-            f"{name} has first derivatives in reverse mode, and none in forward mode (jvp)"
-        )
-
-    return staticmethod(jvp)
-
-
 def _without_zeros(ctx) -> None:
     """Backward gets None, not a tensor of zeros, for an output that has no gradient."""
     if not torch.compiler.is_compiling():  # Dynamo does not know it, and fuses the zeros away
@@ -132,6 +123,8 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None
         _first_derivatives_only("policy_loss")
         _backward_once(ctx, "policy_loss")
         gradient = ctx.saved_tensors[0].detach()
@@ -141,8 +134,6 @@ class _OnePass(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(gradient)
         return gradient, None
-
-    jvp = _no_forward_mode("policy_loss")
 
 
 def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, RowCoefficients]:
@@ -195,13 +186,13 @@ class _TwoPasses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None
         _first_derivatives_only("policy_loss")
         if ctx.inplace:
             _backward_once(ctx, "policy_loss")
         logits, *coefficients = ctx.saved_tensors
         return _write(ctx, RowCoefficients(*coefficients), logits, grad_loss), None
-
-    jvp = _no_forward_mode("policy_loss")
 
 
 def policy_loss(
@@ -339,8 +330,6 @@ class _SelectedLogprobs(torch.autograd.Function):
             of_rows_read(grad_entropy) if with_entropy else None,
         )
         return _write(ctx, coefficients, logits, None), None, None, None, None
-
-    jvp = _no_forward_mode("selected_logprobs")
 
 
 def selected_logprobs(

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from dcpo_kernels.ops.records import Summary
-
 if TYPE_CHECKING:
     from dcpo_kernels.losses import PolicyLoss
+
+
+class Summary(NamedTuple):
+    """Numbers of a whole call, in the order in which the operator `finish` stores them. Sums, minima and maxima
+    are over the rows that were read."""
+
+    loss: float
+    tokens: float  # that count
+    tokens_read: float
+    logprob_sum: float
+    entropy_sum: float
+    ratio_sum: float
+    ratio_min: float  # 1 where no row was read, as ratio_max
+    ratio_max: float
+    kl_sum: float  # of (r - 1) - log r
+    clip_high: float  # tokens by the side that clipped them
+    clip_low: float
+    clip_cap: float
+    clip_region: float
 
 
 def token_clipping_ratio(out: PolicyLoss | Iterable[PolicyLoss]) -> Tensor:

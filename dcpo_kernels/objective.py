@@ -6,7 +6,7 @@ decide.py is the formula that reads them; presets.py has one line per paper.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
 
@@ -92,7 +92,6 @@ class Objective:
     entropy_coef: float = 0.0
     penalty_coef: float = 0.0
 
-    numbers: Numbers = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -106,13 +105,9 @@ class Objective:
                     f"{self.name}: {name}={getattr(self, name)!r} is not one of "
                     f"{', '.join(allowed)}"
                 )
-        codes = {
-            "surrogate": SURROGATES.index(self.surrogate),
-            "divergence": DIVERGENCES.index(self.divergence),
-        }
-        for name in Numbers._fields:
+        for name in Numbers._fields[2:]:
             value = getattr(self, name)
-            if name not in codes and (not isinstance(value, Real) or isinstance(value, bool)):
+            if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"{self.name}: {name} must be a number, got {value!r}")
         for name in ("eps_low", "eps_high", "limit_low", "limit_high"):
             if not getattr(self, name) >= 0:
@@ -123,11 +118,6 @@ class Objective:
         for name in ("kl_coef", "entropy_coef", "penalty_coef"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{self.name}: {name}={getattr(self, name)} must be finite")
-        numbers = {
-            name: codes[name] if name in codes else float(getattr(self, name))
-            for name in Numbers._fields
-        }
-        object.__setattr__(self, "numbers", Numbers(**numbers))
         if self.surrogate == "soft-gate" and not (self.eps_low > 0 and self.eps_high > 0):
             raise ValueError(f"{self.name}: the temperatures of a soft gate must be > 0")
         masks = self.divergence != "none" and self.penalty_coef == 0
@@ -167,6 +157,14 @@ class Objective:
                 f"{self.name}: divergence={self.divergence!r} compares tokens, "
                 f"ratio_level='sequence' responses"
             )
+
+    @property
+    def numbers(self) -> Numbers:
+        return Numbers(
+            SURROGATES.index(self.surrogate),
+            DIVERGENCES.index(self.divergence),
+            *(float(getattr(self, name)) for name in Numbers._fields[2:]),
+        )
 
     @property
     def pulls_without_advantage(self) -> bool:

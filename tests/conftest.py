@@ -44,7 +44,6 @@ def preset(name: str, params: dict[str, Any], **parts: Any) -> dk.Objective:
             p["divergence"],
             (p["limit_low"], p["limit_high"]),
             p["ratio_cap"],
-            p.get("k", 20),
             **parts,
         )
     return getattr(dk, name)(**p, **parts)

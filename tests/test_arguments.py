@@ -12,7 +12,7 @@ from conftest import KERNELS, needs_kernels, on_backends, on_kernels
 
 import dcpo_kernels as dk
 from dcpo_kernels import backends
-from dcpo_kernels.objectives import MAX_K
+from dcpo_kernels.objective import MAX_K
 
 N, V, B, T = 6, 11, 2, 3
 PACKED = {
@@ -74,6 +74,24 @@ MISTAKES = {
     "temperature 0 in float32": (PACKED, {"temperature": 1e-50}, ValueError, "temperature 1e-50"),
     "temperature text": (PACKED, {"temperature": "1"}, TypeError, "temperature '1'"),
     "temperature None": (PACKED, {"temperature": None}, TypeError, "temperature None"),
+    "temperature shape": (
+        PACKED,
+        {"temperature": torch.ones(5)},
+        ValueError,
+        "temperature [6] [2] [5]",
+    ),
+    "temperature integers": (
+        PACKED,
+        {"temperature": torch.ones(N).long()},
+        TypeError,
+        "temperature float32 int64",
+    ),
+    "temperature 0 for a token": (
+        PADDED,
+        {"temperature": torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])},
+        ValueError,
+        "temperature[1, 1] 0.0 > 0",
+    ),
     "no backend": (PACKED, {"backend": "gpu"}, ValueError, "backend 'gpu' auto reference cpu"),
     "objective a function": (
         PACKED,
@@ -103,7 +121,15 @@ MISTAKES = {
     "mask device": (PADDED, {"mask": torch.ones(B, T, device="meta")}, ValueError, "mask meta cpu"),
     "lengths too short": (PACKED, {"lengths": [4, 1]}, ValueError, "lengths 5 6"),
     "lengths too long": (PACKED, {"lengths": torch.tensor([4, 3])}, ValueError, "lengths 7 6"),
-    "lengths < 0": (PACKED, {"lengths": [8, -2]}, ValueError, "lengths[1] -2"),
+    "lengths < 0": (PACKED, {"lengths": [6, -2, 2]}, ValueError, "lengths[1] -2 0"),
+    "lengths > rows": (PACKED, {"lengths": [1, 7, -2]}, ValueError, "lengths[1] 7 6"),
+    "lengths whose sum wraps": (
+        PACKED,
+        {"lengths": torch.tensor([2**62, 2**62, 2**62, 2**62, 6])},
+        ValueError,
+        "lengths[0] 4611686018427387904 6",
+    ),
+    "lengths too large for a tensor": (PACKED, {"lengths": [2**70]}, TypeError, "lengths integers"),
     "lengths floats": (
         PACKED,
         {"lengths": [4.0, 2.0]},
@@ -153,7 +179,7 @@ MISTAKES = {
         TypeError,
         "old_logprobs float32 int64",
     ),
-    "old None": (PACKED, {"old_logprobs": None}, TypeError, "old_logprobs tensor NoneType"),
+    "old a list": (PACKED, {"old_logprobs": [0.0] * N}, TypeError, "old_logprobs tensor list"),
     "advantages shape": (
         PACKED,
         {"advantages": torch.zeros(5)},
@@ -265,10 +291,27 @@ MISTAKES = {
     ),
     "old_logits dtype": (
         PACKED,
-        FULL | {"old_logits": torch.zeros(N, V).bfloat16()},
+        FULL | {"old_logits": torch.zeros(N, V).long()},
         TypeError,
-        "old_logits float32 bfloat16",
+        "old_logits bfloat16 float16 float32 int64",
     ),
+    "old_logits device": (
+        PACKED,
+        FULL | {"old_logits": torch.zeros(N, V, device="meta")},
+        (ValueError, RuntimeError),
+        "meta",
+    ),
+    # totals of the whole batch
+    "no responses": (PACKED, {"num_responses": 0}, ValueError, "num_responses 0 > 0"),
+    "tokens < 0": (PACKED, {"num_tokens": -3}, ValueError, "num_tokens -3 > 0"),
+    "tokens NaN": (PACKED, {"num_tokens": float("nan")}, ValueError, "num_tokens nan > 0"),
+    "tokens text": (PACKED, {"num_tokens": "6"}, TypeError, "num_tokens number '6'"),
+    "tokens [R]": (PACKED, {"num_tokens": torch.ones(2)}, ValueError, "num_tokens one [2]"),
+    # the scale of the loss
+    "loss_scale 0": (PACKED, {"loss_scale": 0.0}, ValueError, "loss_scale 0.0 > 0"),
+    "loss_scale inf": (PACKED, {"loss_scale": float("inf")}, ValueError, "loss_scale inf finite"),
+    "loss_scale text": (PACKED, {"loss_scale": "1"}, TypeError, "loss_scale number '1'"),
+    "loss_scale [R]": (PACKED, {"loss_scale": torch.ones(2)}, ValueError, "loss_scale one [2]"),
     "old_logits strides": (
         PACKED,
         FULL | {"old_logits": torch.zeros(V, N).T},

@@ -24,7 +24,7 @@ from problems import (
 )
 
 import dcpo_kernels as dk
-from dcpo_kernels.objectives import AGGREGATIONS
+from dcpo_kernels.objective import AGGREGATIONS
 
 NAN = float("nan")
 SETTINGS = pairs(
@@ -233,17 +233,37 @@ def test_second_backward(name, inplace, use_backend):
     if name == "gspo" and not inplace:  # nothing was overwritten: the gradient is made anew
         out.loss.backward()
         return
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="second time through one policy_loss.*call .* again"):
         out.loss.backward()
 
 
-@on_kernels()
-def test_no_double_backward(use_backend):
-    leaf, _, out = recorded(problem(dk.dcpo()), False, use_backend)
+@on_backends()
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "selected_logprobs"])
+def test_first_derivatives_in_reverse_mode_and_nothing_else(name, use_backend):
+    p = problem(dk.gspo() if name == "gspo" else dk.dcpo())
+
+    def loss(logits):
+        if name == "selected_logprobs":
+            ids = p.arguments["target_ids"]
+            return dk.selected_logprobs(logits, ids, backend=use_backend)[0].sum()
+        return dk.policy_loss(logits, **p.arguments, backend=use_backend).loss
+
+    leaf = p.base.clone().requires_grad_()
+    first = "first derivatives in reverse mode"
+    with pytest.raises(RuntimeError, match=first):
+        torch.autograd.grad(loss(leaf), leaf, create_graph=True)
     scale = torch.ones((), requires_grad=True)
-    (gradient,) = torch.autograd.grad(scale * out.loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match=first):
+        torch.autograd.grad(scale * loss(leaf), leaf, create_graph=True)
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=first):
+            transform(loss)(p.base)
+    with pytest.raises(RuntimeError, match=first):
+        torch.func.jvp(loss, (p.base,), (torch.ones_like(p.base),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(p.base, torch.ones_like(p.base))
+        with pytest.raises(RuntimeError, match=first):
+            loss(dual)
 
 
 @on_backends()
@@ -321,11 +341,18 @@ def test_other_types_of_the_same_arguments(name, layout, use_backend):
 
 @on_backends("reference", *KERNELS[:1])
 def test_as_many_responses_as_tokens(use_backend):
-    """[R] means a response each, also where R = N."""
+    """[N] and [R] can't be told apart there; [R, 1] can."""
     p = problem(dk.grpo(), lengths=(2, 0, 1), advantages="response", drift=0.0)
-    p.arguments["advantages"] = torch.tensor([1.0, 2.0, 3.0])
+    values = torch.tensor([1.0, 2.0, 3.0])
+    p.arguments["advantages"] = values[:, None]
+    for name in ("advantages", "importance_weights", "temperature"):
+        with pytest.raises(ValueError, match=rf"{name} of shape \[3\] could .* pass \[3, 1\]"):
+            p.run(backend=use_backend, **{name: values})
     out, _ = p.run(backend=use_backend)
     assert (-out.token_loss).tolist() == pytest.approx([1.0, 1.0, 3.0], rel=1e-5)
+    p.arguments |= {"lengths": [1, 1, 1], "advantages": values}  # both readings are one
+    out, _ = p.run(backend=use_backend)
+    assert (-out.token_loss).tolist() == pytest.approx([1.0, 2.0, 3.0], rel=1e-5)
 
 
 @on_backends("reference", *KERNELS[:1])
@@ -655,7 +682,7 @@ def test_selected_logprobs_in_place(layout, dtype, use_backend):
     before = logits._version
     logprobs.sum().backward(retain_graph=True)
     assert logits._version > before
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="second time through one selected_logprobs"):
         logprobs.sum().backward()
 
 

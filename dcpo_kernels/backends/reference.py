@@ -7,6 +7,8 @@ Materializes several copies of the logits: for tests, and where nothing else can
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -148,6 +150,16 @@ def _read_rows(x: Tensor | None, read: Tensor, nothing: float = 0.0) -> Tensor |
     return torch.where(read.view(-1, *[1] * (x.dim() - 1)), x, nothing)
 
 
+@contextlib.contextmanager
+def _autograd(enabled: bool) -> Iterator[None]:
+    """Autograd inside of an operator, which may run below autograd's keys of the dispatcher."""
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard(), torch.set_grad_enabled(enabled):
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+
+
 def fused(
     logits: Tensor,
     gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
@@ -168,7 +180,7 @@ def fused(
         None if token is None else _read_rows(token, read).to(dtype) for token in tokens
     )
     temperature = _temperature(rows.temperatures, read, options.temperature, dtype)
-    with torch.set_grad_enabled(gradient is not None):
+    with _autograd(gradient is not None):
         x.requires_grad_(gradient is not None)
         stats = softmax_stats(x, ids, temperature)
         old = stats.logprobs.detach() if old is None else old
@@ -185,8 +197,9 @@ def fused(
             ),
         )
         loss = (tokens.weights.view(-1).to(dtype) * decision.loss).sum()
+        dx = None if gradient is None else torch.autograd.grad(loss, x)[0]
     if gradient is not None:
-        gradient.copy_(torch.autograd.grad(loss, x)[0].view(logits.shape))
+        gradient.copy_(dx.view(logits.shape))
     found = (decision.loss, stats.logprobs, stats.entropy, decision.ratio, decision.clipped)
     for result, values in zip(results, found, strict=True):
         if result.numel():

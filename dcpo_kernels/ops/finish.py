@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
+from dcpo_kernels.metrics import Summary
 from dcpo_kernels.ops.library import check_tensors, define
-from dcpo_kernels.ops.records import Responses, Results, Summary, schema_of, unpack
+from dcpo_kernels.ops.records import Responses, Results, schema_of, unpack
 
 
 class Totals(NamedTuple):

@@ -81,25 +81,6 @@ class Coefficients(NamedTuple):
     h: Tensor  # in the entropy; [0] where there is no entropy term
 
 
-class Summary(NamedTuple):
-    """Numbers of a whole call, in the order in which `finish` stores them. Sums, minima and maxima
-    are over the rows that were read."""
-
-    loss: float
-    tokens: float  # that count
-    tokens_read: float
-    logprob_sum: float
-    entropy_sum: float
-    ratio_sum: float
-    ratio_min: float  # 1 where no row was read, as ratio_max
-    ratio_max: float
-    kl_sum: float  # of (r - 1) - log r
-    clip_high: float  # tokens by the side that clipped them
-    clip_low: float
-    clip_cap: float
-    clip_region: float
-
-
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

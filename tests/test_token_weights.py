@@ -7,8 +7,8 @@ import torch
 from conftest import load_golden
 
 import dcpo_kernels as dk
-from dcpo_kernels.aggregation import response_weights
-from dcpo_kernels.objectives import AGGREGATIONS
+from dcpo_kernels.responses import response_weights
+from dcpo_kernels.objective import AGGREGATIONS
 
 CASES = load_golden("aggregation.json")["cases"]
 
