@@ -203,7 +203,8 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
         not_p = -torch.expm1(expected.logprobs)  # a penalty pulls with up to 1 + p / (1 - p)
         g = g + objective.penalty_coef * (1 + 1 / not_p.clamp(min=1e-3))
     entropy = torch.zeros(()) if expected.entropy is None else expected.entropy
-    return weight * (g + abs(objective.entropy_coef) * (1 + entropy)) / arguments["temperature"]
+    temperature = arguments["temperature"]
+    return weight * (g + abs(objective.entropy_coef) * (1 + entropy)) / temperature
 
 
 def assert_matches(

@@ -419,6 +419,9 @@ def test_logits_that_cannot_be_overwritten(call, use_backend):
     copy = leaf.detach().clone()
     with pytest.raises(ValueError, match="inplace=True would overwrite logits that are a leaf"):
         run(leaf)
+    for view in (leaf.view_as(leaf), leaf[:, :], leaf.T.T):  # torch refuses to write to these too
+        with pytest.raises(ValueError, match="a leaf of the graph, or a view of one"):
+            run(view)
     one_row = torch.randn(1, V, requires_grad=True)
     with pytest.raises(ValueError, match=r"inplace=True needs .* strides \[0, 1\]"):
         run((one_row * 1).expand(N, V))
@@ -429,6 +432,46 @@ def test_logits_that_cannot_be_overwritten(call, use_backend):
     with torch.no_grad():
         run(leaf)  # nothing is overwritten where no gradient is recorded
     assert torch.equal(leaf.detach(), copy)
+
+
+@on_kernels(*KERNELS[:1])
+def test_compiled_code_looks_at_the_places_too(use_backend):
+    def run(row):
+        logits = (row * 1).expand(N, V)
+        return dk.policy_loss(
+            **PACKED | {"logits": logits}, inplace=True, backend=use_backend
+        ).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    row = torch.randn(1, V, requires_grad=True)
+    with pytest.raises(ValueError, match=r"inplace=True needs .* strides"):
+        compiled(row)
+
+
+# ---- totals -------------------------------------------------------------------------------------
+
+
+@on_backends()
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "name, value, base",
+    [
+        ("num_responses", 1, PACKED), ("num_tokens", 5, PACKED), ("max_length", 3, PACKED),
+        ("num_responses", 1, PADDED), ("num_tokens", 5.5, PADDED), ("max_length", 2, PADDED),
+    ],
+)  # fmt: skip
+def test_a_total_smaller_than_what_is_there(name, value, base, as_tensor, use_backend):
+    total = torch.tensor(value) if as_tensor else value
+    with pytest.raises(ValueError, match=rf"{name}=.* must be > 0 and that of the whole batch"):
+        dk.policy_loss(**base, **{name: total}, backend=use_backend)
+
+
+@on_backends()
+@pytest.mark.parametrize("value", [0.0, -4.0, float("nan")])
+@pytest.mark.parametrize("name", ["num_responses", "num_tokens", "max_length"])
+def test_a_total_that_is_none(name, value, use_backend):
+    with pytest.raises(ValueError, match=rf"{name}=.* must be > 0"):
+        dk.policy_loss(**PACKED, **{name: torch.tensor(value)}, backend=use_backend)
 
 
 # ---- ids ----------------------------------------------------------------------------------------
@@ -454,6 +497,20 @@ def test_an_id_outside_the_vocabulary(name, bad, use_backend):
 
 
 @on_backends()
+def test_an_id_twice_in_a_row_of_the_top_k(use_backend):
+    """Its probability would count twice."""
+    ids = torch.arange(3).repeat(N, 1)
+    ids[4, 2] = 0
+    arguments = PACKED | TOPK | {"topk_ids": ids, "topk_logprobs": -torch.ones(N, 3)}
+    with pytest.raises(ValueError, match=r"topk_ids\[4\] has the id 0 more than once"):
+        dk.policy_loss(**arguments, backend=use_backend)
+    arguments |= {"mask": torch.arange(N).view(1, N) != 4, "lengths": None}
+    for key in ("logits", "target_ids", "old_logprobs", "advantages", "topk_ids", "topk_logprobs"):
+        arguments[key] = arguments[key][None]
+    assert dk.policy_loss(**arguments, backend=use_backend).loss.isfinite()
+
+
+@on_backends()
 def test_any_id_where_no_token_counts(use_backend):
     ids = PADDED["target_ids"].clone()
     mask = torch.ones(B, T)
@@ -462,6 +519,31 @@ def test_any_id_where_no_token_counts(use_backend):
     assert dk.policy_loss(**arguments).loss.isfinite()
     logprobs, _ = dk.selected_logprobs(PADDED["logits"], ids, mask=mask, backend=use_backend)
     assert (logprobs[mask == 0] == 0).all() and logprobs.isfinite().all()
+
+
+# ---- tensors that are more than they seem -------------------------------------------------------
+
+
+def test_a_dtensor_is_named(tmp_path):
+    from torch import distributed
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        logits = distribute_tensor(PACKED["logits"], mesh, [Replicate()])
+        with pytest.raises(TypeError, match=r"logits must be a plain tensor, got a DTensor with"):
+            dk.policy_loss(**PACKED | {"logits": logits})
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+def test_lengths_of_any_integer_type(dtype):
+    lengths = torch.tensor([4, 2]).to(dtype)
+    out = dk.policy_loss(**PACKED | {"lengths": lengths})
+    assert torch.equal(out.loss, dk.policy_loss(**PACKED).loss)
 
 
 # ---- the choice of a backend --------------------------------------------------------------------

@@ -9,6 +9,7 @@ from conftest import KERNELS, on_backends, on_kernels
 from problems import DTYPES, OBJECTIVES, PER_TOKEN, pairs, problem
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcpo_kernels as dk
 from dcpo_kernels import ops
@@ -182,6 +183,33 @@ def test_schemas_say_what_is_written():
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         assert written == ([schema.arguments[0].name] if name.endswith("_") else [])
         assert torch.Tag.needs_fixed_stride_order in getattr(ops, name).tags
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operators that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@on_backends()
+@pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("per", ["token", "response"])
+@pytest.mark.parametrize("name, most", [("dcpo", 8), ("grpo", 8), ("dppo-topk_tv", 8), ("gspo", 12)])
+def test_nothing_around_the_kernel(name, most, per, layout, inplace, use_backend):
+    """On a GPU each operator is a launch."""
+    p = problem(OBJECTIVES[name](), layout=layout, advantages=per)
+    logits = p.base.clone().requires_grad_() * 1
+    with Dispatched() as mode:
+        out = dk.policy_loss(logits, **p.arguments, inplace=inplace, backend=use_backend)
+        torch.autograd.grad(out.loss, logits)
+    assert len(mode.names) <= most, mode.names
 
 
 # ---- torch.compile ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dcpo_kernels import backends
 from dcpo_kernels.objective import Numbers
-from dcpo_kernels.ops.library import check_ids, check_places, check_tensors, define
+from dcpo_kernels.ops.library import check_distinct, check_ids, check_places, check_tensors, define
 from dcpo_kernels.ops.records import (
     Options,
     Results,
@@ -59,6 +59,7 @@ def _run(
     check_ids("target_ids", rows.target_ids, vocab, tokens.weights)
     if rows.topk_ids is not None:
         check_ids("topk_ids", rows.topk_ids, vocab, tokens.weights)
+        check_distinct("topk_ids", rows.topk_ids, tokens.weights)
     results = _results(logits, options)
     if logits.numel():
         backends.kernels(backend).fused(logits, gradient, rows, tokens, numbers, options, results)

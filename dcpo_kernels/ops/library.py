@@ -68,6 +68,18 @@ def check_places(logits: Tensor) -> None:
         reach += stride * (size - 1)
 
 
+def check_distinct(name: str, ids: Tensor, read: Tensor) -> None:
+    """ValueError for an id that a row [.., K] has twice: its probability would count twice. Looked
+    at where check_ids looks."""
+    if ids.device.type != "cpu" and os.environ.get("DCPO_KERNELS_CHECK") != "1":
+        return
+    in_order = ids.view(read.numel(), -1).sort(-1).values
+    twice = (in_order.diff(dim=-1) == 0) & (read.view(-1, 1) != 0)
+    if twice.any():
+        row, k = twice.nonzero()[0].tolist()
+        raise ValueError(f"{name}[{row}] has the id {int(in_order[row, k])} more than once")
+
+
 def check_ids(name: str, ids: Tensor, vocab: int, read: Tensor | None) -> None:
     """IndexError for an id outside the vocabulary in a row that is read.
 
