@@ -164,7 +164,7 @@ def overlong_punishment(lengths: Tensor | Sequence[int], max_length: int, cache:
     """
     if not 0 < cache <= max_length:
         raise ValueError(f"cache={cache} must lie in 1..max_length={max_length}")
-    n = torch.as_tensor(lengths)
+    n = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
     if not n.is_floating_point():
         n = n.to(torch.int64)  # unsigned ones would wrap below 0
     return ((max_length - cache - n) / cache).clamp(-1.0, 0.0).to(torch.float32)

@@ -12,6 +12,13 @@ from dcpo_kernels.objectives import AGGREGATIONS
 Count = int | float | Tensor | None
 
 
+def _wide(count: Count) -> Count:
+    """A product of narrower integers may wrap."""
+    if isinstance(count, Tensor) and not count.is_floating_point():
+        return count.to(torch.int64)
+    return count
+
+
 def response_weights(
     counts: Tensor,
     aggregation: str,
@@ -27,6 +34,7 @@ def response_weights(
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation={aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
     n = counts.to(torch.float32)
+    num_responses, max_length = _wide(num_responses), _wide(max_length)
 
     def responses():
         return (counts > 0).sum() if num_responses is None else num_responses
@@ -69,12 +77,15 @@ def token_weights(
 
     Returns [sum lengths] or [B, T] float32, 0 where the mask is 0.
     """
-    given = torch.as_tensor(lengths_or_mask)
+    given = lengths_or_mask
+    if not isinstance(given, Tensor):  # as_tensor would move one to torch's default device
+        given = torch.as_tensor(given)
     if given.shape == (0,):  # torch takes [] for floats
         given = given.to(torch.int64)
     if given.dim() == 1:
         if given.is_floating_point() or given.dtype == torch.bool:
             raise ValueError(f"lengths must be integers [R], got {given.dtype}")
+        given = given.to(torch.int64)  # torch can't compare or repeat by every integer type
         if (given < 0).any():
             at = int(given.argmin())
             raise ValueError(

@@ -162,7 +162,7 @@ def responses_of(
         given = lengths
     else:
         try:
-            given = torch.as_tensor(lengths)
+            given = torch.as_tensor(lengths, device="cpu")
         except (TypeError, ValueError) as error:
             raise TypeError(f"lengths must be integers [R], got {lengths!r}") from error
         if given.shape == (0,):  # torch takes [] for floats
@@ -172,6 +172,7 @@ def responses_of(
             f"lengths must be integers of shape [R], got {given.dtype} of shape {list(given.shape)}"
         )
     rows = logits.shape[0]
+    given = given.to(torch.int64)  # torch can't compare every integer type
     # On a GPU looking at the values would mean waiting for it.
     looked = given.device.type == "cpu" or os.environ.get("DCPO_KERNELS_CHECK") == "1"
     looked = looked and not torch.compiler.is_compiling()
