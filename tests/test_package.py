@@ -114,6 +114,36 @@ def test_command_without_its_extra_names_the_remedy(monkeypatch, capsys, tmp_pat
     assert "a_package_that_is_missing" in error and "pip install 'dcpo-kernels[train]'" in error
 
 
+@pytest.mark.parametrize("compiler", ["none", "broken"])
+def test_a_build_without_a_compiler_ends_in_one_sentence(compiler, tmp_path):
+    """Not in a traceback of ours."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("cmake", "ninja"):
+        if not (path := shutil.which(name)):
+            pytest.skip(f"{name} is not installed")
+        (tools / name).symlink_to(path)
+    if compiler == "broken":
+        (tools / "c++").write_text("#!/bin/sh\nexit 1\n")
+        (tools / "c++").chmod(0o755)
+    environment = {key: x for key, x in os.environ.items() if key not in ("CXX", "CUDA_HOME")}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--build-temp", str(tmp_path / "build")],
+        cwd=Path(__file__).parents[1],
+        env={**environment, "PATH": str(tools), "DCPO_CUDA": "OFF"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "Traceback" not in done.stderr
+    said = done.stderr.strip().splitlines()
+    if compiler == "none":
+        (said,) = said
+        assert said.startswith("dcpo-kernels needs a C++17 compiler")
+    else:
+        assert said[-1].startswith("dcpo-kernels: CMake found no way to build")
+
+
 def test_one_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
