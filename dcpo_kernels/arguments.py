@@ -298,7 +298,7 @@ def _grouping(
         given = lengths
     else:
         try:
-            given = torch.as_tensor(lengths)
+            given = torch.as_tensor(lengths, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"lengths must be integers [R], got {lengths!r}") from error
         if given.shape == (0,):  # torch takes [] for floats

@@ -104,13 +104,15 @@ def token_weights(
 
     Returns [sum lengths] or [B, T] float32, 0 where the mask is 0.
     """
-    given = torch.as_tensor(lengths_or_mask)
+    given = lengths_or_mask
+    if not isinstance(given, Tensor):  # as_tensor would move one to torch's default device
+        given = torch.as_tensor(given)
     if given.shape == (0,):  # torch takes [] for floats
         given = given.to(torch.int64)
     if given.dim() == 1:
         if given.is_floating_point() or given.dtype == torch.bool:
             raise ValueError(f"lengths must be integers [R], got {given.dtype}")
-        given = given.to(torch.int64)  # a sum of bytes would be a byte
+        given = given.to(torch.int64)  # torch can't compare or repeat by every integer type
         if (given < 0).any():
             at = int(given.argmin())
             raise ValueError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,17 @@ _reason = ""
 _C: Any = None
 try:
     _C = importlib.import_module("dcpo_kernels._C")
-except ImportError as error:  # a source tree that was never built, or a module for another Python
-    _reason = f"the compiled module is missing ({error}); `pip install .` builds it"
+except ImportError as error:
+    _built = sorted(file.name for file in Path(__file__).parents[1].glob("_C*.so"))
+    if not isinstance(error, ModuleNotFoundError):
+        _reason = f"the compiled module can't be loaded ({error}); `pip install .` builds it anew"
+    elif _built:
+        _reason = (
+            f"the compiled module is for another Python ({', '.join(_built)}); `pip install .` "
+            "builds it for this one"
+        )
+    else:
+        _reason = "the compiled module was never built; `pip install .` builds it"
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
