@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -39,14 +40,17 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """OSError where no file can be written at `path`: before the work, and not after it."""
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
     probe = path.with_name(f".{os.getpid()}.probe.{path.name}")
     try:
-        probe.write_bytes(bytes(4096))  # on a full disk only what holds something fails
-    finally:
-        _remove(probe)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(4096))  # on a full disk an empty file is no proof
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"{path} can't be written: {error.strerror}") from error
 
 
 def _remove(path: Path) -> None:

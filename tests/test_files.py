@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from train_world import disk_of
 
 from dcpo_kernels.files import check_writable, written_whole
 
@@ -63,7 +64,10 @@ def test_what_cannot_be_written_is_found_before(tmp_path):
     check_writable(tmp_path / "deep" / "result.json")
     assert list((tmp_path / "deep").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(OSError, match=r"below/result\.json can't be written: Not a directory"):
         check_writable(tmp_path / "file" / "below" / "result.json")
-    with pytest.raises(IsADirectoryError, match="deep is a folder"):
+    with pytest.raises(OSError, match="deep can't be written: Is a directory"):
         check_writable(tmp_path / "deep")
+    with disk_of(100), pytest.raises(OSError, match=r"other can't be written: File too large"):
+        check_writable(tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
-from contextlib import contextmanager
 
 import pytest
-from train_world import small_model, small_trainer
+from train_world import disk_of, small_model, small_trainer
 
 from dcpo_kernels.train import checkpoint, train
 from dcpo_kernels.train.loop import MetricsLog, read_metrics
@@ -105,17 +103,6 @@ def test_half_a_line_is_left_out(tmp_path):
     log.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2, "reward": 0.5}\n'
     assert read_metrics(tmp_path / "none.jsonl") == []
-
-
-@contextmanager
-def disk_of(size: int):
-    """No file can grow beyond `size` bytes, as on a disk that is full: a write ends short."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):
