@@ -180,7 +180,7 @@ except SystemExit:
 
 # Lowest first: a module imports from its own layer and from those below, never from above.
 LAYERS = [
-    {"_version", "objectives", "aggregation", "advantages", "critic", "metrics"},
+    {"_version", "files", "objectives", "aggregation", "advantages", "critic", "metrics"},
     {"_C", "kernels"},
     {"backends"},
     {"ops"},
