@@ -9,6 +9,7 @@ import subprocess
 import emulator
 import pytest
 import test_golden
+import test_hard_inputs
 import torch
 from problems import DTYPES, LAYOUTS, OBJECTIVES, assert_matches, pairs, problem
 
@@ -190,6 +191,41 @@ def test_same_bits_whatever_the_order_and_the_batch(emu, monkeypatch):
             assert torch.equal(alone.logprobs, results[0][0][1:2])
 
 
+def shifted_by(x, by):
+    """The same rows, `by` elements after a 16-byte boundary."""
+    memory = torch.zeros(x.numel() + 32, dtype=x.dtype)
+    at = (-memory.data_ptr() % 16) // x.element_size() + by
+    return memory[at : at + x.numel()].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 5, 37, 1003, 8193, 33001, 33008])
+def test_same_bits_wherever_a_row_begins(vocab, dtype, monkeypatch):
+    """And whatever rows stand before it: where V is odd they move its first byte."""
+    monkeypatch.setattr(cuda, "cluster", STREAMING)
+    rows, ids = (2 * torch.randn(1, vocab)).to(dtype), torch.tensor([vocab // 2])
+    results = []
+    for by in range(16 // SIZE[dtype]):
+        logits = shifted_by(rows, by)
+        out, gradient = test_hard_inputs.run(
+            logits, ids, objective=dk.dcpo(entropy_coef=0.1), with_entropy=True, backend="cuda"
+        )
+        found = dk.selected_logprobs(logits, ids, with_entropy=True, backend="cuda")
+        results.append((out.token_loss, out.logprobs, out.entropy, gradient, *found))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_same_bits_wherever_a_row_of_a_cluster_begins(blocks, monkeypatch):
+    monkeypatch.setattr(cuda, "cluster", blocks)
+    rows, ids = torch.randn(3, 16640).bfloat16(), torch.tensor([1, 2, 3])
+    found = [test_hard_inputs.run(shifted_by(rows, by), ids, backend="cuda") for by in (0, 8, 16)]
+    for out, gradient in found[1:]:
+        assert torch.equal(out.logprobs, found[0][0].logprobs)
+        assert torch.equal(gradient, found[0][1])
+
+
 # ---- rows that don't count, and rows that are broken --------------------------------------------
 
 kernels = pytest.mark.parametrize("blocks", [STREAMING, 1, 2], ids=["streaming", "one", "two"])
@@ -293,6 +329,48 @@ def test_a_broken_logit_breaks_its_row(poison, blocks, monkeypatch):
     bad = torch.arange(6) == 2
     assert torch.equal(out.token_loss.isnan(), bad)
     assert torch.equal(gradient.isnan().all(-1), bad) and gradient[~bad].isfinite().all()
+
+
+# ---- inputs that hurt ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["both", "old", "new"])
+@pytest.mark.parametrize("low", test_hard_inputs.LOWS, ids=str)
+@pytest.mark.parametrize("name", ["kl", "tv"])
+def test_masked_logits_in_a_full_divergence(name, low, where):
+    test_hard_inputs.test_masked_logits_in_a_full_divergence(name, low, where, "cuda")
+
+
+@pytest.mark.parametrize("vocab", [1003, 8192, 151_936])
+def test_what_stands_beside_a_peak(vocab):
+    test_hard_inputs.test_what_stands_beside_a_peak(vocab, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poison", [NAN, INF], ids=["nan", "inf"])
+def test_a_poisoned_logit_stays_in_its_row(poison, dtype):
+    test_hard_inputs.test_a_poisoned_logit_stays_in_its_row(poison, dtype, "cuda")
+
+
+@kernels
+def test_what_stands_beside_a_peak_in_the_gradient(blocks, monkeypatch):
+    """The same of `fused`, in each of its kernels."""
+    monkeypatch.setattr(cuda, "cluster", blocks)
+    logits, ids, _, _ = batch()
+    peaks = torch.tensor([12.0, 17.0, 20.0, 30.0, 40.0, 60.0])
+    logits = (logits / 2).scatter(1, ids[:, None], peaks[:, None])
+    leaf = logits.clone().requires_grad_()
+    objective = dk.cispo(aggregation="token-sum")
+    out = dk.policy_loss(
+        leaf, ids, torch.zeros(6), -torch.ones(6), lengths=[6], objective=objective, backend="cuda"
+    )
+    (gradient,) = torch.autograd.grad(out.loss, leaf)
+    rest = (logits.double() - peaks[:, None]).exp().scatter(1, ids[:, None], 0.0).sum(1)
+    off = (out.logprobs.double() / -rest.log1p() - 1).abs()
+    assert (off < 0.01).all(), f"log p: {off.tolist()}"
+    p = 1 / (1 + rest)
+    off = (gradient.gather(1, ids[:, None])[:, 0].double() / (p * rest * p) - 1).abs()
+    assert (off < 0.01).all(), f"1 - p: {off.tolist()}"
 
 
 # ---- row_stats and row_gradient -----------------------------------------------------------------

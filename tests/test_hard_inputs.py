@@ -184,6 +184,58 @@ def test_a_target_of_probability_zero(name, use_backend):
         assert ((gradient.double() - want_gradient).abs() <= slack).all()
 
 
+LOWS = [-INF, "finfo.min", -1e38, -1e33]
+
+
+@everywhere
+@pytest.mark.parametrize("where", ["both", "old", "new"])
+@pytest.mark.parametrize("low", LOWS, ids=str)
+@pytest.mark.parametrize("name", ["kl", "tv"])
+def test_masked_logits_in_a_full_divergence(name, low, where, use_backend):
+    """What a grammar took out of both policies adds nothing to KL(q || p), also where a chunk, a
+    thread or a lane holds nothing else, and the first of them too."""
+    vocab = 2 * 4096
+    column = torch.arange(vocab)
+    taken_out = torch.zeros(9, vocab, dtype=torch.bool)
+    taken_out[0] = torch.rand(vocab) < 0.4
+    taken_out[1, 0] = True
+    taken_out[2, :4096] = taken_out[3, 4096:] = taken_out[4, :-100] = True
+    taken_out[5] = column % 16 < 3  # whole lanes of a CPU's vectors
+    taken_out[6] = column % 256 < 40  # whole threads of CUDA, one element in turn
+    taken_out[7] = column // 8 % 256 < 40  # and of Triton, 16 bytes in turn
+    taken_out[8] = column // 4 % 256 < 40
+    for dtype, temperature in ((torch.float32, 0.5), (torch.bfloat16, 2.0), (torch.bfloat16, 1.0)):
+        penalty = dk.dppo(name, 0.0, penalty_coef=1.0, aggregation="token-sum")
+        for objective in (dk.dppo(name, 0.05, aggregation="token-sum"), penalty):
+            p = problem(
+                objective, dtype=dtype, vocab=vocab, lengths=(9,), temperature=temperature,
+                drift=0.3 * temperature,
+            )  # fmt: skip
+            a = p.arguments
+            a["target_ids"] = torch.full((9,), vocab - 7)
+            a["target_ids"][3] = 7
+            gone = taken_out.clone()
+            gone[torch.arange(9), a["target_ids"]] = False
+            fill = torch.finfo(dtype).min if low == "finfo.min" else low
+            if where != "old":
+                p.base = p.base.masked_fill(gone, fill)
+            if where != "new":
+                a["old_logits"] = a["old_logits"].masked_fill(gone, fill)
+            old = torch.log_softmax(a["old_logits"].double() / temperature, -1)
+            a["old_logprobs"] = old.gather(1, a["target_ids"][:, None])[:, 0].float()
+            out, gradient = p.run(backend=use_backend)
+            want, want_gradient = p.oracle()
+            huge = want.token_loss > 1e20  # of p = 0 where q is not
+            assert huge.all() == (where == "new" and name == "kl" and objective is penalty)
+            assert (out.token_loss[huge] > 1e20).all()
+            close = {"rtol": 2e-5, "atol": 2e-5}
+            found = out.token_loss[~huge].double()
+            torch.testing.assert_close(found, want.token_loss[~huge], **close)
+            assert torch.equal(out.clipped, want.clipped)
+            slack = ROUNDING[dtype] * want_gradient.abs() + 1e-5
+            assert ((gradient.double() - want_gradient).abs() <= slack).all()
+
+
 # ---- NaN and +inf -------------------------------------------------------------------------------
 
 
@@ -355,6 +407,38 @@ def test_old_probabilities_that_are_denormal_or_zero(name, use_backend):
         assert torch.equal(cap & tiny, (ratio > 10) & (A < 0) & tiny)
         assert (out.token_loss[low] == 0.5).all() and (out.token_loss[cap] == 10).all()
         assert (out.token_loss[high & tiny] == -10).all()
+
+
+@on_kernels(*INTERPRETED)
+@pytest.mark.parametrize("vocab", [1003, 8192, 151_936])
+def test_what_stands_beside_a_peak(vocab, use_backend):
+    """log p and the entropy of a peak, and 1 - p in its gradient, are the sum of all the others,
+    which a float32 near 1 has no digits for. A thread adds up what it reads, the peak with it: its
+    own share of that sum is lost, 1 / 32 of it where a row has one warp, else 1 / 128 at most."""
+    peaks = [12.0, 17.0, 20.0, 30.0, 40.0, 60.0]
+    at = torch.tensor([0, vocab - 1, vocab // 2, vocab // 3, vocab - 9, 77])
+    for dtype, temperature in ((torch.float32, 0.8), (torch.bfloat16, 1.0)):
+        rows = torch.randn(len(peaks), vocab)
+        rows[torch.arange(len(peaks)), at] = torch.tensor(peaks)
+        rows = rows.to(dtype)
+        leaf = rows.clone().requires_grad_()
+        options = {"temperature": temperature, "with_entropy": True, "backend": use_backend}
+        logprobs, entropy = dk.selected_logprobs(leaf, at, **options)
+        (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
+        z = rows.double() / temperature
+        rest = (z - z.amax(1, keepdim=True)).exp()
+        rest = rest.scatter(1, at[:, None], 0.0).sum(1)
+        _, want_entropy, _ = exact(rows, at, temperature)
+        want_entropy = torch.where(rest < 1e-9, entropy, want_entropy)  # float64 has no digits left
+        found = gradient.gather(1, at[:, None])[:, 0].double() * temperature
+        slack = 0.1 if vocab < 8000 else 0.02
+        for name, value, want in (
+            ("log p", logprobs.double(), -rest.log1p()),
+            ("entropy", entropy.double(), want_entropy),
+            ("1 - p", found, rest / (1 + rest)),
+        ):
+            off = (value / want - 1).abs()
+            assert (off < slack).all(), f"{name} of {dtype} at T={temperature}: {off.tolist()}"
 
 
 # ---- numbers of rows and logits -----------------------------------------------------------------

@@ -104,7 +104,7 @@ __device__ __forceinline__ int owner(int target) {
 }
 
 template <bool kEntropy, class T>
-__device__ __forceinline__ void read_chunk(Sums& sums, const unsigned char* chunk, int bytes,
+__device__ __forceinline__ void read_chunk(Running& sums, const unsigned char* chunk, int bytes,
                                            int lane, float scale) {
   float x[kChunkPacks * kPack<T>];
 #pragma unroll
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   write.next_row(a, lane, Nothing{});
   unsigned char* to = bytes_of(a.gradient, write.row);
 
-  Sums sums;
+  Running sums;
   float target_logit = 0.0f;
   int64_t target = read.row >= 0 ? a.target_ids[read.row] : 0;
   RowInputs inputs = {};   // of the row that is decided next
@@ -227,13 +227,14 @@ __global__ void __launch_bounds__(kThreads, 1)
         target_logit = widen(reinterpret_cast<const T*>(chunk)[at]);
       read.next_stage(stages);
       if (++read.round == rounds) {
-        sums = warp_total<kEntropy>(sums, scale);
+        const Sums part_sums = warp_total<kEntropy>(sums.sums(), scale);
         target_logit = warp_sum(target_logit);  // all but one are 0
-        const float4 mine = make_float4(sums.max, sums.sum, sums.entropy_sum, target_logit);
+        const float4 mine =
+            make_float4(part_sums.max, part_sums.rest, part_sums.entropy_sum, target_logit);
         if (lane < blocks)
           hopper::send(parts + part * warps + chunks.warp, mine, totals + part, lane);
         inputs = load_inputs(a, read.row);
-        sums = Sums{};
+        sums = Running{};
         target_logit = 0.0f;
         part ^= 1;
         read.round = 0;
@@ -254,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       float total_target = 0.0f;
       for (int i = lane; i < warps; i += 32) {  // always in this order
         const float4 p = parts[decided_part * warps + i];
-        absorb<kEntropy>(total, Sums{p.x, p.y, p.z}, scale);
+        total = merged<kEntropy>(total, Sums{p.x, p.y, p.z}, scale);
         total_target += p.w;
       }
       total = warp_total<kEntropy>(total, scale);

@@ -40,19 +40,30 @@ struct Span {
 
 // ---- read ---------------------------------------------------------------------------------------
 
-// Of some of a row's logits: y = (x - max) log2(e) / T; sum = sum 2^y, entropy_sum = sum 2^y y. A
-// NaN or +inf logit makes the sum NaN; nothing read yet is (-inf, 0, 0).
+// Of some of a row's logits: y = (x - max) log2(e) / T; rest = sum 2^y without the 1 of a maximum;
+// entropy_sum = sum 2^y y. The 1 is left out because a float32 near it has no digits below 6e-8:
+// what stands beside a peak is all that log p, the entropy and the peak's 1 - p are made of. A NaN
+// or +inf logit makes the rest NaN; nothing read yet is (-inf, -1, 0).
 struct Sums {
+  float max = -INFINITY;
+  float rest = -1.0f;
+  float entropy_sum = 0.0f;
+};
+
+// The sums of a thread while it reads, the maximum's 1 with them.
+struct Running {
   float max = -INFINITY;
   float sum = 0.0f;
   float entropy_sum = 0.0f;
+
+  __device__ __forceinline__ Sums sums() const { return {max, sum - 1.0f, entropy_sum}; }
 };
 
 // Makes the sums relative to a maximum that is at least theirs. (fmaxf returns its other operand
 // for a NaN. Of an empty part the shift is -inf, held at -127: 2^-127 is 0 here, and 0 * -inf is
 // not.)
 template <bool kEntropy>
-__device__ __forceinline__ void rescale(Sums& s, float max, float scale) {
+__device__ __forceinline__ void rescale(Running& s, float max, float scale) {
   const float base = max == -INFINITY ? 0.0f : max;
   const float shift = fmaxf((s.max - base) * scale, -127.0f), factor = exp2_approx(shift);
   if (kEntropy) s.entropy_sum = factor * (s.entropy_sum + s.sum * shift);
@@ -63,7 +74,7 @@ __device__ __forceinline__ void rescale(Sums& s, float max, float scale) {
 // Adds n logits: one maximum for all of them, then their exponentials (online softmax, arXiv
 // 1805.02867, a block at a time).
 template <bool kEntropy, int n>
-__device__ __forceinline__ void absorb(Sums& s, const float (&x)[n], float scale) {
+__device__ __forceinline__ void absorb(Running& s, const float (&x)[n], float scale) {
   float max = s.max;
 #pragma unroll
   for (int i = 0; i < n; ++i) max = fmaxf(max, x[i]);
@@ -88,30 +99,39 @@ __device__ __forceinline__ void absorb(Sums& s, const float (&x)[n], float scale
   if (kEntropy) s.entropy_sum += entropy_sum[0];
 }
 
+// Two parts of a row in one, relative to the higher maximum. A part far below it counts for
+// nothing, and may hold anything: in full_kl an infinite sum, of masked logits alone.
 template <bool kEntropy>
-__device__ __forceinline__ void absorb(Sums& s, Sums other, float scale) {
-  const float max = fmaxf(s.max, other.max);
-  rescale<kEntropy>(s, max, scale);
-  rescale<kEntropy>(other, max, scale);
-  s.sum += other.sum;
-  s.entropy_sum += other.entropy_sum;
+__device__ __forceinline__ Sums merged(const Sums& a, const Sums& b, float scale) {
+  const float max = fmaxf(a.max, b.max), min = fminf(a.max, b.max);
+  const bool first = a.max == max;
+  const float base = max == -INFINITY ? 0.0f : max;
+  const float shift = fmaxf((min - base) * scale, -127.0f), factor = exp2_approx(shift);
+  const float low_sum = 1.0f + (first ? b.rest : a.rest);
+  Sums all{max, (first ? a.rest : b.rest) + factor * low_sum, 0.0f};
+  if (kEntropy) {
+    const float low = (first ? b.entropy_sum : a.entropy_sum) + low_sum * shift;
+    all.entropy_sum =
+        (first ? a.entropy_sum : b.entropy_sum) + (factor == 0.0f ? 0.0f : factor * low);
+  }
+  return all;
 }
 
 __device__ __forceinline__ Sums from_lane(Sums s, int lane) {
-  return {__shfl_sync(kAllLanes, s.max, lane), __shfl_sync(kAllLanes, s.sum, lane),
+  return {__shfl_sync(kAllLanes, s.max, lane), __shfl_sync(kAllLanes, s.rest, lane),
           __shfl_sync(kAllLanes, s.entropy_sum, lane)};
 }
 
-// Over a warp. All lanes return lane 0's result: x + y rounds as y + x does, but fma(a, b, c d)
-// not as fma(c, d, a b), and lanes that differ in a bit could decide differently.
+// Over a warp. All lanes return lane 0's result: two lanes that add up the same parts may round
+// them differently, and lanes that differ in a bit could decide differently.
 template <bool kEntropy>
 __device__ __forceinline__ Sums warp_total(Sums s, float scale) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     const Sums other{__shfl_xor_sync(kAllLanes, s.max, step),
-                     __shfl_xor_sync(kAllLanes, s.sum, step),
+                     __shfl_xor_sync(kAllLanes, s.rest, step),
                      kEntropy ? __shfl_xor_sync(kAllLanes, s.entropy_sum, step) : 0.0f};
-    absorb<kEntropy>(s, other, scale);
+    s = merged<kEntropy>(s, other, scale);
   }
   return from_lane(s, 0);
 }
@@ -122,9 +142,9 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-__device__ __forceinline__ float log_sum_of(const Sums& s) { return logf(s.sum); }
+__device__ __forceinline__ float log_sum_of(const Sums& s) { return log1pf(s.rest); }
 __device__ __forceinline__ float entropy_of(const Sums& s) {
-  return log_sum_of(s) - s.entropy_sum * kLn2 / s.sum;
+  return log_sum_of(s) - s.entropy_sum * kLn2 / (1.0f + s.rest);
 }
 // The maximum apart from the rest: a row shifted by 1e4 loses nothing.
 __device__ __forceinline__ float logprob_of(const Sums& s, float x, float temperature) {

@@ -22,17 +22,34 @@ constexpr int kPartBytes = 2 * 32 * sizeof(float4);
 
 // ---- over a row ---------------------------------------------------------------------------------
 
-template <bool kEntropy, class T>
-__device__ Sums read_row(const T* x, int64_t vocab, float scale) {
-  const Span<T> span(x, vocab);
-  const uint4* packs = reinterpret_cast<const uint4*>(x + span.head);
-  const int64_t threads = blockDim.x;
-  Sums sums;
+// The 16 bytes of a row that are no 16 bytes of memory: by words, and where those begin between two
+// words (kHalves) with a half at each end. Nothing beside them is touched: another block may be
+// writing there.
+template <bool kHalves>
+__device__ __forceinline__ uint4 load_unaligned(const void* from) {
+  if constexpr (!kHalves) {
+    const uint32_t* word = static_cast<const uint32_t*>(from);
+    return make_uint4(word[0], word[1], word[2], word[3]);
+  } else {
+    const uint16_t* half = static_cast<const uint16_t*>(from);
+    const uint32_t* word = reinterpret_cast<const uint32_t*>(half + 1);
+    const uint32_t first = half[0], a = word[0], b = word[1], c = word[2], last = half[7];
+    return make_uint4(first | a << 16, a >> 16 | b << 16, b >> 16 | c << 16, c >> 16 | last << 16);
+  }
+}
+
+// Adds the 16-byte packs of a row, load(i) each, and what is left of it. Which thread adds what
+// depends on the place in the row alone, not on where the row lies: its sums are the same bits
+// whatever rows stand before it.
+template <bool kEntropy, class T, class Load>
+__device__ __forceinline__ Sums read_packs(const T* x, int64_t vocab, float scale, Load&& load) {
+  const int64_t packs = vocab / kPack<T>, threads = blockDim.x;
+  Running sums;
   int64_t i = threadIdx.x;
-  for (; i + (kUnroll - 1) * threads < span.packs; i += kUnroll * threads) {
+  for (; i + (kUnroll - 1) * threads < packs; i += kUnroll * threads) {
     uint4 bits[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) bits[u] = __ldcg(packs + i + u * threads);
+    for (int u = 0; u < kUnroll; ++u) bits[u] = load(i + u * threads);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       float values[kPack<T>];
@@ -40,17 +57,32 @@ __device__ Sums read_row(const T* x, int64_t vocab, float scale) {
       absorb<kEntropy>(sums, values, scale);
     }
   }
-  for (; i < span.packs; i += threads) {
+  for (; i < packs; i += threads) {
     float values[kPack<T>];
-    widen<T>(__ldcg(packs + i), values);
+    widen<T>(load(i), values);
     absorb<kEntropy>(sums, values, scale);
   }
-  const int64_t edge = span.edge(threadIdx.x);
-  if (edge >= 0) {
-    const float value[1] = {widen(x[edge])};
+  const int64_t left = packs * kPack<T> + threadIdx.x;
+  if (left < vocab) {
+    const float value[1] = {widen(x[left])};
     absorb<kEntropy>(sums, value, scale);
   }
-  return sums;
+  return sums.sums();
+}
+
+template <bool kEntropy, class T>
+__device__ Sums read_row(const T* x, int64_t vocab, float scale) {
+  const auto address = reinterpret_cast<uintptr_t>(x);
+  if (address % 16 == 0)
+    return read_packs<kEntropy>(
+        x, vocab, scale, [x](int64_t i) { return __ldcg(reinterpret_cast<const uint4*>(x) + i); });
+  if constexpr (sizeof(T) == 2) {
+    if (address % 4 != 0)
+      return read_packs<kEntropy>(
+          x, vocab, scale, [x](int64_t i) { return load_unaligned<true>(x + i * kPack<T>); });
+  }
+  return read_packs<kEntropy>(x, vocab, scale,
+                              [x](int64_t i) { return load_unaligned<false>(x + i * kPack<T>); });
 }
 
 // The gradient of packs [begin, end) of a row, last first, and, where it is asked for, of the
@@ -115,7 +147,7 @@ struct BlockTotals {
     float4* mine = parts + half * 32;
     half ^= 1;
     s = warp_total<kEntropy>(s, scale);
-    if (lane == 0) mine[warp] = make_float4(s.max, s.sum, s.entropy_sum, 0.0f);
+    if (lane == 0) mine[warp] = make_float4(s.max, s.rest, s.entropy_sum, 0.0f);
     __syncthreads();
     Sums all;
     if (lane < static_cast<int>(blockDim.x) / 32)
@@ -216,16 +248,21 @@ template <class T>
 __device__ float full_kl(const FusedArgs& a, const T* x, const T* old, const Sums& sums,
                          Sums& old_sums, BlockTotals& block) {
   const float scale = kLog2E / a.shape.temperature;
-  Sums s;  // entropy_sum: of 2^y (y - (x - max x) log2(e) / T)
+  Running s;  // entropy_sum: of 2^y (y - (x - max x) log2(e) / T)
   for (int64_t j = threadIdx.x; j < a.shape.vocab; j += blockDim.x) {
     const float w = widen(old[j]);
-    if (w > s.max) rescale<true>(s, w, scale);
+    if (w > s.max) {
+      // Before the first logit that was not masked the sum may be infinite: see merged().
+      if ((w - s.max) * scale >= 127.0f) s.entropy_sum = 0.0f;
+      rescale<true>(s, w, scale);
+    }
     const float y = (w - (s.max == -INFINITY ? 0.0f : s.max)) * scale, e = exp2_approx(y);
     s.sum += e;
     if (e != 0.0f) s.entropy_sum += e * (y - (widen(x[j]) - sums.max) * scale);  // or 0 inf
   }
-  old_sums = block.total<true>(s, scale);
-  return old_sums.entropy_sum * kLn2 / old_sums.sum - log_sum_of(old_sums) + log_sum_of(sums);
+  old_sums = block.total<true>(s.sums(), scale);
+  const float mean = old_sums.entropy_sum * kLn2 / (1.0f + old_sums.rest);
+  return mean - log_sum_of(old_sums) + log_sum_of(sums);
 }
 
 // TV, once both rows were read, and sum sign(p - q) p, which its gradient wants.
