@@ -7,7 +7,7 @@ and optional terms are constexpr, every number is an argument: an annealed epsil
 import triton
 import triton.language as tl
 
-from dcpo_kernels import objectives
+from dcpo_kernels import objective as objectives
 
 CLIP = tl.constexpr(objectives.SURROGATES.index("clip"))
 DYNAMIC_CLIP = tl.constexpr(objectives.SURROGATES.index("dynamic-clip"))

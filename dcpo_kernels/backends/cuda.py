@@ -51,6 +51,19 @@ def row_gradient(logits: Tensor, *rest: Any) -> None:
     _C.cuda_gradient(**native.row_gradient_arguments(logits, *rest), **_where(logits))
 
 
+def token_weights(grouping: Any, values: Any, responses: Any, spread: Any) -> None:
+    arguments = native.token_weights_arguments(grouping, values, responses, spread)
+    _C.cuda_token_weights(**arguments, **_where(responses.weights))
+
+
+def decide(read: Any, *records: Any) -> None:
+    _C.cuda_decide(**native.decide_arguments(read, *records), **_where(read.logprobs))
+
+
+def finish(results: Any, *records: Any) -> None:
+    _C.cuda_finish(**native.finish_arguments(results, *records), **_where(results.token_loss))
+
+
 def scale(x: Tensor, scale: Tensor) -> None:
     dense = x.is_contiguous()
     _C.cuda_scale(

@@ -6,12 +6,18 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dcpo_kernels.backends.layout import row_count, row_strides
+
+if TYPE_CHECKING:
+    from dcpo_kernels.objective import Numbers
+    from dcpo_kernels.ops.decide import Decisions, RatioGroups, Read
+    from dcpo_kernels.ops.finish import Totals
+    from dcpo_kernels.ops.records import Coefficients, Grouping, Responses, Results, Tokens
 
 _reason = ""
 _C: Any = None
@@ -156,6 +162,67 @@ def row_stats(*arguments: Any) -> None:
 
 def row_gradient(*arguments: Any) -> None:
     _C.cpu_gradient(**row_gradient_arguments(*arguments), **_threads())
+
+
+def _fields(*records: Any) -> dict[str, Any]:
+    """The fields by name, tensors as addresses."""
+    named = {name: x for record in records for name, x in record._asdict().items()}
+    return {name: _checked(name, x) if isinstance(x, Tensor) else x for name, x in named.items()}
+
+
+def _checked(name: str, x: Tensor) -> int:
+    if x.dtype == torch.float64:  # operators take it for the reference
+        raise TypeError(f"{name} must be float32 for compiled kernels, got float64")
+    return _address(x)
+
+
+def token_weights_arguments(
+    grouping: Grouping, values: list[Tensor], responses: Responses, spread: list[Tensor]
+) -> dict[str, Any]:
+    """What csrc/bind_responses.h takes, on a CPU and on a GPU, but for where to run."""
+    return {
+        "rows": responses.mask.numel(),
+        "count": responses.lengths.numel(),
+        "grouping": _fields(grouping),
+        "responses": _fields(responses),
+        "values": [_checked("values", x) for x in values],
+        "spread": [_checked("spread", x) for x in spread],
+    }
+
+
+def decide_arguments(
+    read: Read,
+    tokens: Tokens,
+    numbers: Numbers,
+    groups: RatioGroups,
+    decisions: Decisions,
+    coefficients: Coefficients,
+) -> dict[str, Any]:
+    return {
+        "rows": read.logprobs.numel(),
+        "count": groups.lengths.numel(),
+        **_fields(read, tokens, numbers, groups, decisions, coefficients),
+    }
+
+
+def finish_arguments(results: Results, responses: Responses, totals: Totals) -> dict[str, Any]:
+    return {
+        "rows": results.token_loss.numel(),
+        "count": responses.lengths.numel(),
+        **_fields(results, responses, totals),
+    }
+
+
+def token_weights(*records: Any) -> None:
+    _C.cpu_token_weights(**token_weights_arguments(*records))
+
+
+def decide(*records: Any) -> None:
+    _C.cpu_decide(**decide_arguments(*records))
+
+
+def finish(*records: Any) -> None:
+    _C.cpu_finish(**finish_arguments(*records))
 
 
 def scale(x: Tensor, scale: Tensor) -> None:
