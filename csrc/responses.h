@@ -79,11 +79,22 @@ struct Counts {
   int64_t responses, tokens, longest;  // responses: with at least one token
 };
 
+DCPO_HD void add(Counts& c, int64_t length) {
+  c.responses += length > 0;
+  c.tokens += length;
+  c.longest = length > c.longest ? length : c.longest;
+}
+
 // Where a response ends, from the sum of the lengths so far: never outside the rows.
 DCPO_HD int64_t within(int64_t sum, int64_t rows) { return sum < 0 ? 0 : sum > rows ? rows : sum; }
 // Lengths that nobody looked at may add up to more than 64 bits hold; then the sum wraps.
 DCPO_HD int64_t wrapping_add(int64_t a, int64_t b) {
   return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}
+
+// Rows of a response, as given.
+DCPO_HD int64_t length_of(const TokenWeightsArgs& a, int64_t response) {
+  return a.grouping.lengths ? a.grouping.lengths[response] : a.rows / a.count;
 }
 
 DCPO_HD bool counts(const Grouping& g, int64_t row) { return !g.mask || g.mask[row] != 0; }

@@ -13,7 +13,7 @@ void lay_out(const TokenWeightsArgs& a) {
   int64_t sum = 0;
   offsets[0] = 0;
   for (int64_t i = 0; i < a.count; ++i) {
-    sum = wrapping_add(sum, a.grouping.lengths ? a.grouping.lengths[i] : a.rows / a.count);
+    sum = wrapping_add(sum, length_of(a, i));
     offsets[i + 1] = std::max(offsets[i], within(sum, a.rows));
   }
 }
@@ -25,7 +25,7 @@ Counts count(const TokenWeightsArgs& a) {
     for (int64_t row = a.responses.offsets[i]; row < a.responses.offsets[i + 1]; ++row)
       n += counts(a.grouping, row);
     a.responses.lengths[i] = n;
-    c = {c.responses + (n > 0), c.tokens + n, std::max(c.longest, n)};
+    add(c, n);
   }
   return c;
 }
