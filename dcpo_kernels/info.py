@@ -31,7 +31,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from dcpo_kernels import backends
-    from dcpo_kernels.backends import native
+    from dcpo_kernels.backends import _compiled
 
     facts: dict[str, Any] = {
         "versions": {
@@ -45,9 +45,9 @@ def collect() -> dict[str, Any]:
         # First: loading the backends is what makes DCPO_KERNELS_CPU_ISA count.
         "backends": backends.explain(),
     }
-    _C = native._C
+    _C = _compiled.C
     if _C is None:
-        facts["compiled"]["reason"] = native.unavailable()
+        facts["compiled"]["reason"] = _compiled.missing
         return facts
     facts["compiled"] = {
         "present": True,

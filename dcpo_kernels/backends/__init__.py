@@ -17,7 +17,7 @@ from typing import Any
 _CANDIDATES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("cuda", "triton", "reference")}
 _MODULES = {
     "reference": "dcpo_kernels.backends.reference",
-    "cpu": "dcpo_kernels.backends.native",
+    "cpu": "dcpo_kernels.backends.cpu",
     "cuda": "dcpo_kernels.backends.cuda",
     "triton": "dcpo_kernels.backends.triton",
 }
@@ -94,7 +94,7 @@ _DESCRIPTIONS = {
 
 
 def _describe(name: str) -> str:
-    instructions = f", {_load('cpu')._C.cpu_isa()}" if name == "cpu" else ""
+    instructions = f", {_load("cpu").C.cpu_isa()}" if name == "cpu" else ""
     return _DESCRIPTIONS[name] + instructions
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
-from dcpo_kernels.objective import Numbers
+from dcpo_kernels.decide import BINARY_KL
+from dcpo_kernels.objective import DIVERGENCES, Numbers
 from dcpo_kernels.ops.library import check_tensors, define
 from dcpo_kernels.ops.records import Coefficients, Tokens, schema_of, unpack
 
@@ -43,8 +44,21 @@ def _results(logprobs: Tensor, numbers: Numbers) -> tuple[Decisions, Coefficient
     return Decisions(new(), new(), new(torch.int8)), Coefficients(new(), h)
 
 
+def _check_needs(read: Read, tokens: Tokens, numbers: Numbers) -> None:
+    for name, x, coefficient in (
+        ("entropy", read.entropy, numbers.entropy_coef),
+        ("ref_logprobs", tokens.ref_logprobs, numbers.kl_coef),
+    ):
+        if x is None and coefficient != 0:
+            raise ValueError(f"{name} is None, and the objective has a term of it")
+    if numbers.divergence > BINARY_KL:
+        name = DIVERGENCES[numbers.divergence]
+        raise ValueError(f"divergence={name!r} takes more of a row than its log-probability")
+
+
 def _launch(*flat):
     read, tokens, numbers, groups, (backend,) = unpack(flat, *_RECORDS)
+    _check_needs(read, tokens, numbers)
     count = read.logprobs.numel()
     named = {**read._asdict(), **tokens._asdict()}
     check_tensors(read.logprobs.device, **{name: (x, count) for name, x in named.items()})
