@@ -34,7 +34,7 @@ def unavailable(device: str = "cuda") -> str:
 def _where(x: Tensor) -> dict[str, int]:
     """Device and stream of a launch."""
     index = x.device.index
-    return {"device": index, "stream": torch.C._cuda_getCurrentRawStream(index)}
+    return {"device": index, "stream": torch._C._cuda_getCurrentRawStream(index)}
 
 
 def fused(logits: Tensor, *records: Any) -> None:
