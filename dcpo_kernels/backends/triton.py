@@ -381,7 +381,7 @@ def token_weights(
         grouping.aggregation,
         grouping.skip_by_response,
         grouping.skip_whole_responses,
-        4 if count <= 32 else 64,  # responses that a program takes at once
+        1 if count <= 16 else 64,  # responses taken at once
     )
 
 
