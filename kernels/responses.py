@@ -14,6 +14,8 @@ from dcpo_kernels.kernels.objective import (
     CLIP_HIGH,
     CLIP_LOW,
     CLIP_REGION,
+)
+from dcpo_kernels.kernels.objective import (
     decide as decide_tokens,
 )
 from dcpo_kernels.kernels.row import kernel

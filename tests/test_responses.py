@@ -3,6 +3,8 @@ what the reference says."""
 
 from __future__ import annotations
 
+import itertools
+
 import emulator
 import pytest
 import torch
@@ -307,7 +309,7 @@ def finish_case(lengths: Tensor, rest: int = 0, with_entropy: bool = True):
     )
     offsets = torch.cat([integers(0), lengths.cumsum(0)])
     ends = offsets.tolist()
-    counts = [int(counted[a:b].sum()) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    counts = [int(counted[a:b].sum()) for a, b in itertools.pairwise(ends)]
     responses = Responses(weights, counted, offsets, integers(*counts))
     return results, responses
 

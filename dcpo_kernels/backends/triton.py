@@ -26,7 +26,8 @@ response_kernels: Any = None
 try:
     import triton
 
-    from dcpo_kernels.kernels import responses as response_kernels, row as kernels
+    from dcpo_kernels.kernels import responses as response_kernels
+    from dcpo_kernels.kernels import row as kernels
 except ImportError as error:
     _missing = f"triton can't be imported ({error}); `pip install triton` brings it"
     _interpreted = False
