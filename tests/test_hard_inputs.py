@@ -245,6 +245,24 @@ def bits(number: int) -> torch.Tensor:
 
 
 @everywhere
+@pytest.mark.parametrize("what", ["old", "ref"])
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "cispo", "dppo-kl"])
+def test_a_ratio_of_nothing_to_nothing(name, what, use_backend):
+    """p = q = 0: 0/0 is that row's loss (gspo: its response's), and no other row's gradient."""
+    p = problem(OBJECTIVES[name](kl_coef=0.1 * (what == "ref")), lengths=(3, 2, 4))
+    row, ids = 3, p.arguments["target_ids"]
+    p.base[row, ids[row]] = -INF
+    p.arguments["old_logprobs" if what == "old" else "ref_logprobs"][row] = -INF
+    out, gradient = p.run(backend=use_backend)
+    own = torch.arange(9) == row
+    if name == "gspo" and what == "old":
+        own = torch.tensor([False] * 3 + [True] * 2 + [False] * 4)
+    assert not out.token_loss[own].isfinite().any()
+    assert out.token_loss[~own].isfinite().all() and gradient[~own].isfinite().all()
+    assert not out.loss.isfinite()
+
+
+@everywhere
 @on_dtypes
 @pytest.mark.parametrize("poison", [NAN, INF], ids=["nan", "inf"])
 def test_a_poisoned_logit_stays_in_its_row(poison, dtype, use_backend):
