@@ -4,6 +4,7 @@ what the reference says."""
 from __future__ import annotations
 
 import itertools
+import subprocess
 
 import emulator
 import pytest
@@ -362,6 +363,33 @@ def test_finish_says_nan(row, backend):
         assert getattr(summary, name) != getattr(summary, name)
     response_loss = ops.finish(*results, *responses, backend)[1]
     assert response_loss.isnan().tolist() == [row < 6, False, row >= 6]
+
+
+# ---- under sanitizers ---------------------------------------------------------------------------
+
+STRESS = (
+    "emu/stress_responses.cpp",
+    "emu/cuda.cpp",
+    "emu/hopper.cpp",
+    "cuda/responses.cu",
+    "cpu/responses.cpp",
+)
+
+
+def stress(*arguments: int, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    program = emulator.build("stress_responses", STRESS, *flags)
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_random_batches_under_address_and_undefined_behaviour_sanitizers():
+    done = stress(0, 25, flags=("-fsanitize=address,undefined", "-fno-sanitize-recover=all"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "25 batches agree" in done.stdout
+
+
+def test_a_missing_barrier_would_be_noticed():
+    flags = ("-DDCPO_EMU_WITHOUT_SYNCTHREADS",)
+    assert all(stress(seed, 1, flags=flags).returncode == 1 for seed in range(3))
 
 
 # ---- as torch sees them -------------------------------------------------------------------------
