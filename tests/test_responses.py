@@ -187,20 +187,22 @@ DECIDED["icepop with terms"] = dk.icepop(0.7, 1.3, **EXTRAS)
 def decide_case(lengths: Tensor, by_response: bool = False, rest: int = 0, drift: float = 0.4):
     """Rows of responses and some after them. A third of them have weight 0 and hold NaN."""
     rows = int(lengths.sum()) + rest
-    logprobs = -2 * torch.rand(rows) - 0.01
+    logprobs, weights = -2 * torch.rand(rows) - 0.01, torch.rand(rows) + 0.5
     drifts = drift * torch.randn(rows)
-    drifts[: rows - rest] += (drift * torch.randn(len(lengths))).repeat_interleave(lengths)
+    apart = 2 * drift * torch.linspace(-1, 1, len(lengths))  # far enough to be clipped as a whole
+    drifts[: rows - rest] += apart.repeat_interleave(lengths)
     tokens = Tokens(
         old_logprobs=(logprobs + drifts).clamp(max=-0.001),
         advantages=torch.randn(rows),
-        weights=torch.rand(rows) + 0.5,
+        weights=weights,
         ref_logprobs=logprobs + torch.randn(rows),
         importance_weights=torch.rand(rows) + 0.5,
     )
     unread = torch.rand(rows) < 0.3
     for x in (logprobs, *tokens):
+        assert x is not None
         x[unread] = NAN
-    tokens.weights[unread] = 0.0
+    weights[unread] = 0.0
     offsets = torch.cat([integers(0), lengths.cumsum(0)])
     groups = RatioGroups(by_response, offsets, lengths)
     return Read(logprobs, torch.rand(rows)), tokens, groups
