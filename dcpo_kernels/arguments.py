@@ -192,7 +192,10 @@ def responses_of(
             )
     lengths_ = given.to(logits.device, torch.int64, non_blocking=True)
     if looked:
-        index = torch.repeat_interleave(lengths_, output_size=rows)
+        # not repeat_interleave, which takes all threads for a handful of rows
+        index = torch.searchsorted(
+            lengths_.cumsum(0), torch.arange(rows, device=logits.device), right=True
+        )
         return Responses(torch.ones_like(index, dtype=torch.bool), lengths_, index)
     # Whatever they are, nothing is read outside the rows.
     ends = lengths_.cumsum(0).clamp(0, rows).cummax(0).values

@@ -184,6 +184,43 @@ def test_a_target_of_probability_zero(name, use_backend):
         assert ((gradient.double() - want_gradient).abs() <= slack).all()
 
 
+@everywhere
+@pytest.mark.parametrize("lowest", [-INF, "finfo.min", -1e38, -1e33], ids=str)
+@pytest.mark.parametrize("name", ["dppo-kl", "penalty-kl", "penalty-tv"])
+def test_full_divergences_of_masked_logits(name, lowest, use_backend):
+    """Taken out of both rows, of the old one or of the new one; here and there, or a stretch of
+    them in front, in the middle and at the end."""
+    vocab, rest = 2 * 2048 + 77, 2 * 2048 + 76  # the last one is sampled
+    places = [slice(0, 2048), slice(0, 64), slice(0, 4096), slice(2000, 4100), slice(2048, rest)]
+    places += [slice(0, rest, 2), slice(0, rest, 97), slice(0, rest)]
+    settings = [("both", temperature, torch.float32) for temperature in (0.5, 1.0, 2.0)]
+    settings += [("both", 1.0, torch.bfloat16), ("old", 1.0, torch.float32)]
+    settings += [("new", 1.0, torch.float32), ("new", 0.5, torch.bfloat16)]
+    for where, temperature, dtype in settings:
+        p = problem(
+            OBJECTIVES[name](), dtype=dtype, vocab=vocab, lengths=(4, 4), drift=0.05,
+            temperature=temperature,
+        )  # fmt: skip
+        old = p.arguments["old_logits"]
+        masked = {"both": (p.base, old), "old": (old,), "new": (p.base,)}[where]
+        for logits in masked:
+            for row, place in zip(logits, places, strict=True):
+                row[place] = torch.finfo(dtype).min if lowest == "finfo.min" else lowest
+        p.arguments["target_ids"] = torch.full((8,), rest)
+        log_q = torch.log_softmax(old.double() / temperature, -1)
+        p.arguments["old_logprobs"] = log_q[:, rest].float()
+        (out, gradient), (want, want_gradient) = p.run(backend=use_backend), p.oracle()
+        note = f"{where} T={temperature} {dtype}"
+        assert torch.equal(out.clipped, want.clipped), note
+        close = {"rtol": 2e-5, "atol": 1e-5, "msg": lambda text, note=note: f"{note}: {text}"}
+        # Where q > 0 and p = 0 the KL is of any size: it may be inf.
+        loss, want_loss = (x.token_loss.double().clamp(max=1e30) for x in (out, want))
+        torch.testing.assert_close(loss, want_loss, **close)
+        size = want_gradient.abs()
+        slack = ROUNDING[dtype] * size + 1e-5 * (1 + size.amax(1, keepdim=True))
+        assert ((gradient.double() - want_gradient).abs() <= slack).all(), note
+
+
 # ---- NaN and +inf -------------------------------------------------------------------------------
 
 
@@ -217,6 +254,26 @@ def test_a_poisoned_logit_stays_in_its_row(poison, dtype, use_backend):
     assert gradient2[broken].isnan().all()
     assert torch.equal(gradient[~broken], gradient2[~broken])
     assert out2.loss.isnan()
+
+
+@everywhere
+@on_dtypes
+@pytest.mark.parametrize("poison", [NAN, INF], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", ["grpo", "dppo-kl", "penalty-tv", "penalty-topk_kl"])
+def test_a_poisoned_row_is_nan_everywhere(name, poison, dtype, use_backend):
+    """Where logits are -inf too: 2^-inf times NaN is 0 in AVX-512."""
+    for parts in ({}, {"entropy_coef": 0.1}):
+        p = problem(OBJECTIVES[name](**parts), dtype=dtype, lengths=(2, 1))
+        p.base[1, ::2] = -INF
+        p.base[1, 5] = poison
+        out, gradient = p.run(backend=use_backend)
+        assert out.token_loss[1].isnan() and gradient[1].isnan().all()
+        assert gradient[[0, 2]].isfinite().all()
+    leaf = p.base.clone().requires_grad_()
+    ids = p.arguments["target_ids"]
+    logprobs, _ = dk.selected_logprobs(leaf, ids, backend=use_backend)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
+    assert logprobs[1].isnan() and gradient[1].isnan().all() and gradient[[0, 2]].isfinite().all()
 
 
 @everywhere
@@ -296,6 +353,42 @@ def test_logits_of_any_size(temperature, dtype, use_backend):
     rows = rows.to(dtype)
     ids = [0, 2050, 2060, 5, 6, 7, int(rows[6].argmax())]
     assert_selected(rows, ids, use_backend, temperature)
+
+
+@on_kernels()
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("peak", [17.0, 23.0, 30.0, 40.0])
+def test_what_lies_beside_a_peak(peak, dtype, use_backend):
+    """151,936 logits, one of them so far above the others that log p, the entropy and the target's
+    1 - p are a sum of terms below float32's resolution at 1: each to a few of its last places."""
+    vocab = 151_936
+    places = [0, 7, 2047, 2048, vocab // 2, vocab - 1]
+    rows = torch.randn(len(places) + 4, vocab).to(dtype)
+    for row, place in enumerate(places):
+        rows[row, place] = peak + 3
+    rows[-4, [3, 90_000]] = peak + 3  # two of them
+    rows[-3, 100:60_000:5_000] = torch.linspace(8, peak, 12).to(dtype)  # one after the other
+    rows[-3, 70_001] = peak + 3
+    rows[-2, :2048], rows[-2, 5000] = -INF, peak + 3
+    rows[-1, 4], rows[-1, 100_000] = 1.5, peak + 3  # the peak is not the target
+    ids = torch.tensor([*places, 3, 70_001, 5000, 4])
+    d, top = rows.double(), rows.double().max(1)  # float64 has no digits left at 40 nats either
+    d = d - top.values[:, None]
+    e = d.exp()
+    log_sum = e.scatter(1, top.indices[:, None], 0.0).sum(1).log1p()
+    want = d.gather(1, ids[:, None])[:, 0] - log_sum
+    want_entropy = log_sum - (e * d.nan_to_num(neginf=0.0)).sum(1) / e.sum(1)
+    leaf = rows.clone().requires_grad_()
+    logprobs, entropy = dk.selected_logprobs(leaf, ids, with_entropy=True, backend=use_backend)
+    torch.testing.assert_close(logprobs.double(), want, rtol=5e-6, atol=0)
+    torch.testing.assert_close(entropy.double(), want_entropy, rtol=5e-6, atol=0)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
+    expected = -torch.expm1(want)
+    found = gradient.double().gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5 + ROUNDING[dtype], atol=0)
+    gradient = run(rows, ids, old=want.float(), backend=use_backend)[1]  # ratio 1, g = -1
+    found = gradient.double().gather(1, ids[:, None])[:, 0] * -len(ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5 + ROUNDING[dtype], atol=0)
 
 
 @everywhere

@@ -12,6 +12,8 @@ import os
 from types import ModuleType
 from typing import Any
 
+import dcpo_kernels.backends.native  # noqa: F401  the compiled module watches for forks from now on
+
 # In order of preference.
 _CANDIDATES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("cuda", "triton", "reference")}
 _MODULES = {

@@ -159,5 +159,12 @@ def row_gradient(*arguments: Any) -> None:
 
 
 def scale(x: Tensor, scale: Tensor) -> None:
-    if scale.item() != 1:
-        x.mul_(scale.to(torch.float32))
+    _C.cpu_multiply(
+        rows=row_count(x),
+        vocab=x.shape[-1],
+        dtype=DTYPES[x.dtype],
+        x=x.data_ptr(),
+        strides=row_strides(x),
+        factor=scale.data_ptr(),
+        **_threads(),
+    )
