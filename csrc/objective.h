@@ -18,14 +18,7 @@
 namespace dcpo {
 
 // The codes are the positions of the names in objectives.py: SURROGATES, DIVERGENCES.
-enum Surrogate : int {
-  kClip,
-  kDynamicClip,
-  kInverseSqrtClip,
-  kReinforce,
-  kSoftGate,
-  kRatioMask
-};
+enum Surrogate : int { kClip, kDynamicClip, kInverseSqrtClip, kReinforce, kSoftGate, kRatioMask };
 enum Divergence : int { kNone, kBinaryTv, kBinaryKl, kTopkTv, kTopkKl, kFullTv, kFullKl };
 enum Clipped : int8_t { kClippedNone, kClippedHigh, kClippedLow, kClippedCap, kClippedRegion };
 
@@ -173,7 +166,7 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
       high = 1.0f + o.eps_high / root;
     }
     if (high > o.ratio_max) high = o.ratio_max;
-    float value = r;  // max(-A r, -A clip(r, low, high)), for A < 0 at most -A cap
+    float value = r;                  // max(-A r, -A clip(r, low, high)), for A < 0 at most -A cap
     if (o.surrogate == kRatioMask) {  // IcePop's
       if (r < low || r > high) {
         value = 0.0f;
