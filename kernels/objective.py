@@ -46,6 +46,14 @@ def expm1(x):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x) without what is lost in the sum (Kahan): that loss is in both factors."""
+    sum = 1 + x
+    rounded = sum - 1
+    return tl.where(rounded == 0, x, tl.log(sum) * (x / rounded))
+
+
+@triton.jit
 def hold(log_ratio):
     """Between -20 and 20; the comparisons let NaN through."""
     held = tl.where(log_ratio < -MAX_LOG_RATIO, -MAX_LOG_RATIO, log_ratio)

@@ -27,6 +27,7 @@ from dcpo_kernels.kernels.objective import (
     TOPK_TV,
     decide,
     expm1,
+    log1p,
     sign,
     topk_divergence,
     topk_slopes,
@@ -155,14 +156,19 @@ def accumulate(x, most, total, weighted, scale, WITH_ENTROPY: tl.constexpr):
 
 @triton.jit
 def finish_row(most, total, weighted, scale):
-    """Over the lanes: the maximum, log sum, and the mean weight."""
-    row_max = tl.max(most, 0)
+    """Over the lanes: the maximum, log sum, and the mean weight. The 1 of the row's maximum leaves
+    its lane before the lanes are added up: a float32 near 1 has no digits below 6e-8, and what
+    stands beside a peak is all that its log p is made of."""
+    row_max, peak = tl.max(most, 0, return_indices=True)
     shift = tl.maximum((most - row_max) * scale, -127.0)
     factor = tl.exp2(shift)
-    row_total = tl.sum(total * factor, 0)
-    mean = tl.sum(factor * (weighted + total * shift), 0) / row_total
-    row_max = tl.where(row_total == 0, float("-inf"), row_max)  # nothing but -inf
-    return row_max, tl.log(row_total), mean
+    rest = tl.sum(total * factor - tl.where(tl.arange(0, most.shape[0]) == peak, 1.0, 0.0), 0)
+    # A lane that far below counts for nothing, and may hold anything: in full_kl an infinite sum,
+    # of masked logits alone.
+    weighted = tl.where(shift > -127.0, factor * (weighted + total * shift), 0.0)
+    mean = tl.sum(weighted, 0) / (1 + rest)
+    row_max = tl.where(rest == -1, float("-inf"), row_max)  # nothing but -inf
+    return row_max, log1p(rest), mean
 
 
 @triton.jit
@@ -356,7 +362,8 @@ def accumulate_beside(old, x, row_max, most, total, weighted, scale):
     e = tl.exp2(y)
     distance = y - (x.to(tl.float32) - row_max) * scale
     terms = tl.where(e == 0, 0.0, e * distance)  # 0 (-inf + inf) is NaN
-    weighted = factor * (weighted + total * shift) + lane_sum(terms)
+    # What was infinite of masked logits alone counts for nothing beside the first one that was not.
+    weighted = tl.where(shift > -127.0, factor * (weighted + total * shift), 0.0) + lane_sum(terms)
     return higher, factor * total + lane_sum(e), weighted
 
 
