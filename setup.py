@@ -4,6 +4,8 @@ Environment: DCPO_CUDA=AUTO|ON|OFF, DCPO_CUDA_ARCHS="90-real;100" or native, CUD
 """
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,34 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+COMPILERS = ("c++", "g++", "clang++", "icpx")  # as CMake looks for one
+
+
+def check_tools() -> None:
+    """One sentence about what is missing, before CMake says it in a hundred lines."""
+    named = shlex.split(os.environ.get("CXX", ""))[:1]
+    if not any(map(shutil.which, named or COMPILERS)):
+        tried = f"CXX={named[0]}" if named else ", ".join(COMPILERS)
+        raise SystemExit(
+            f"dcpo-kernels needs a C++17 compiler, and there is none on PATH (tried {tried}); "
+            "install one, such as g++ or clang++, or name it in CXX"
+        )
+    for tool in ("cmake", "ninja"):
+        if not shutil.which(tool):
+            raise SystemExit(
+                f"dcpo-kernels needs {tool} to build, which is not on PATH; pip brings it, unless "
+                "called with --no-build-isolation"
+            )
+
+
+def run(command: list[str], env: dict[str, str], failed: str) -> None:
+    if subprocess.run(command, env=env).returncode:
+        raise SystemExit(f"dcpo-kernels: {failed}; what went wrong is said above")
+
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        check_tools()
         import pybind11
 
         source = Path(__file__).resolve().parent
@@ -41,9 +68,10 @@ class CMakeBuild(build_ext):
         fresh = [] if stamp.is_file() and stamp.read_text() == wanted else ["--fresh"]
         build.mkdir(parents=True, exist_ok=True)
         command = ["cmake", "-G", "Ninja", "-S", str(source), "-B", str(build), *configure, *fresh]
-        subprocess.run(command, check=True, env=env)
+        run(command, env, "CMake found no way to build (a C++17 compiler that works is needed)")
         stamp.write_text(wanted)
-        subprocess.run(["cmake", "--build", str(build)], check=True, env=env)
+        failed = "the kernels don't compile here (DCPO_CUDA=OFF leaves out the CUDA kernels)"
+        run(["cmake", "--build", str(build)], env, failed)
 
 
 setup(

@@ -24,6 +24,7 @@ from dcpo_kernels.bench.implementations import BACKENDS
 from dcpo_kernels.bench.operators import operators
 from dcpo_kernels.bench.peers import PEERS
 from dcpo_kernels.bench.shapes import DTYPES, MODELS, OBJECTIVES, Case, positive, vocab_of
+from dcpo_kernels.files import check_writable
 
 
 def _list(known: Any = None, of: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
@@ -86,6 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     console = Console()
     try:
+        for path in filter(None, (args.json, args.plot and args.plot / "time.png")):
+            check_writable(path)
         old = records.load(args.compare) if args.compare else None
         if args.suite:  # before minutes of measuring
             if not (machine.ROOT / "pyproject.toml").exists():
@@ -111,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
                 records.save(record, machine.ROOT / "bench" / "results" / name)
             for path in readme.write(machine.ROOT):
                 console.print(f"written: {path}")
-    except records.BadRecord as error:
+    except (records.BadRecord, OSError) as error:
         print(f"dcpo bench: {error}", file=sys.stderr)
         return 2
     if wrong:
@@ -167,8 +170,12 @@ def _measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             bar = _Bar(bars, f"{i + 1}/{len(cases)} {case.describe()}")
             finished = run_case(case, known[case.operator], plan, bar, record["rows"])
             record["complete"] = finished and i + 1 == len(cases)
-            if args.json:
-                records.save(record, args.json)
+            try:
+                if args.json:
+                    records.save(record, args.json)
+            except OSError as error:  # what was measured is still shown
+                console.print(f"{args.json} can't be written: {error}", style="red")
+                finished = record["complete"] = False
             if not finished:
                 break
             bars.remove_task(bar.task)

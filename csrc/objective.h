@@ -18,7 +18,14 @@
 namespace dcpo {
 
 // The codes are the positions of the names in objectives.py: SURROGATES, DIVERGENCES.
-enum Surrogate : int { kClip, kDynamicClip, kInverseSqrtClip, kReinforce, kSoftGate };
+enum Surrogate : int {
+  kClip,
+  kDynamicClip,
+  kInverseSqrtClip,
+  kReinforce,
+  kSoftGate,
+  kRatioMask
+};
 enum Divergence : int { kNone, kBinaryTv, kBinaryKl, kTopkTv, kTopkKl, kFullTv, kFullKl };
 enum Clipped : int8_t { kClippedNone, kClippedHigh, kClippedLow, kClippedCap, kClippedRegion };
 
@@ -167,7 +174,12 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
     }
     if (high > o.ratio_max) high = o.ratio_max;
     float value = r;  // max(-A r, -A clip(r, low, high)), for A < 0 at most -A cap
-    if (A > 0.0f && r > high) {
+    if (o.surrogate == kRatioMask) {  // IcePop's
+      if (r < low || r > high) {
+        value = 0.0f;
+        d.clipped = kClippedRegion;
+      }
+    } else if (A > 0.0f && r > high) {
       value = high;
       d.clipped = kClippedHigh;
     } else if (A < 0.0f && r < low) {

@@ -3,12 +3,11 @@ logits."""
 
 from dcpo_kernels._version import __version__
 from dcpo_kernels.advantages import SmoothAdvantage, group_advantage, overlong_punishment
-from dcpo_kernels.aggregation import token_weights
 from dcpo_kernels.critic import gae, value_loss
 from dcpo_kernels.losses import PolicyLoss, policy_loss, selected_logprobs
 from dcpo_kernels.metrics import response_utilization_ratio, summarize, token_clipping_ratio
-from dcpo_kernels.objectives import (
-    Objective,
+from dcpo_kernels.objective import Objective
+from dcpo_kernels.presets import (
     bnpo,
     cispo,
     dapo,
@@ -17,10 +16,12 @@ from dcpo_kernels.objectives import (
     dr_grpo,
     grpo,
     gspo,
+    icepop,
     inverse_sqrt,
     ppo,
     sapo,
 )
+from dcpo_kernels.responses import token_weights
 
 __all__ = [
     "Objective",
@@ -37,6 +38,7 @@ __all__ = [
     "group_advantage",
     "grpo",
     "gspo",
+    "icepop",
     "inverse_sqrt",
     "overlong_punishment",
     "policy_loss",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import chain, islice
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -23,27 +24,73 @@ class PromptStatistics(NamedTuple):
 _COLUMNS = ("visits", "count", "mean", "variance")  # what is kept of a prompt
 
 
-def _values(rewards: Tensor | Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Rewards as a tensor, and in float64 on the CPU; a list is taken in double precision."""
-    given = rewards if isinstance(rewards, Tensor) else torch.tensor(rewards, dtype=torch.float64)
-    return given, given.detach().to("cpu", torch.float64)
+# Types of ids that are kept as they are: they hash by value, and torch.load takes them.
+_PLAIN = frozenset((str, int, bool, type(None)))
+
+
+def _values(rewards: Tensor | Sequence[float]) -> tuple[Tensor, torch.device]:
+    """Rewards in float64 on the CPU, and the device of the results; a list is taken in double
+    precision."""
+    if isinstance(rewards, Tensor):
+        return rewards.detach().to("cpu", torch.float64), rewards.device
+    values = torch.tensor(rewards, dtype=torch.float64, device="cpu")
+    return values, torch.get_default_device()
+
+
+def _id(x: Any) -> Hashable:
+    """An id by its value. A tensor hashes by identity: each would be a prompt of its own."""
+    if isinstance(x, tuple):
+        return tuple(map(_id, x))
+    if hasattr(x, "dtype") and hasattr(x, "item"):  # a scalar of torch or numpy
+        if any(size != 1 for size in x.shape):
+            raise TypeError(f"an id must be one value, got shape {list(x.shape)}")
+        x = x.item()
+    if isinstance(x, float) and x != x:
+        raise ValueError("an id is NaN, which equals no id, not even itself")
+    return x
+
+
+def _ids(ids: Sequence[Hashable] | Tensor) -> list[Hashable]:
+    keys = list(ids.tolist() if hasattr(ids, "tolist") else ids)  # pyright: ignore
+    return keys if set(map(type, keys)) <= _PLAIN else list(map(_id, keys))
+
+
+def _loadable(x: object) -> bool:
+    """Whether torch.load(weights_only=True) takes an id back; it refuses b""."""
+    if type(x) is tuple:
+        return all(map(_loadable, x))
+    return type(x) in _PLAIN or type(x) is float or (type(x) is bytes and x != b"")
+
+
+def _check_loadable(ids: list[Hashable]) -> None:
+    for x in ids:
+        if not _loadable(x):
+            raise TypeError(
+                f"prompt id {x!r} is a {type(x).__name__}, which no saved state can hold: an id "
+                "must be a string, a number, bytes or a tuple of them; str(id) is one"
+            )
+
+
+def _check_ddof(ddof: int) -> int:
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof={ddof!r} must be 0 or 1")
+    return int(ddof)
 
 
 def _group(
     ids: Sequence[Hashable] | Tensor, rewards: Tensor, name: str
 ) -> tuple[list[Hashable], Tensor]:
     """The distinct ids in order of appearance, and for each reward the position of its own."""
-    # A tensor's or an array's elements as plain numbers and strings, which a state_dict may hold.
-    keys: Sequence[Hashable] = ids.tolist() if hasattr(ids, "tolist") else ids  # pyright: ignore
     if rewards.dim() != 1:
-        raise ValueError(f"rewards must be [R], one a response, got shape {list(rewards.shape)}")
+        raise ValueError(f"rewards must be [R], one per response, got {list(rewards.shape)}")
+    keys = _ids(ids)
     if len(keys) != len(rewards):
         raise ValueError(
-            f"{name} must name one id a reward: got {len(keys)} ids for {len(rewards)} rewards"
+            f"{name} must name one id per reward: got {len(keys)} ids for {len(rewards)} rewards"
         )
     groups = list(dict.fromkeys(keys))
     position = dict(zip(groups, range(len(groups)), strict=True))
-    codes = torch.tensor(list(map(position.__getitem__, keys)), dtype=torch.int64)
+    codes = torch.tensor([position[key] for key in keys], dtype=torch.int64, device="cpu")
     broken = ~torch.isfinite(rewards)
     if broken.any():
         at = int(broken.nonzero()[0])
@@ -60,19 +107,21 @@ def _moments(
     """Count, mean and variance of each group. Equal rewards have a spread of exactly 0 and their
     own value as mean."""
     count = torch.bincount(codes, minlength=groups)
-    mean = torch.zeros(groups, dtype=torch.float64).index_add_(0, codes, rewards) / count
-    squares = torch.zeros(groups, dtype=torch.float64).index_add_(
-        0, codes, (rewards - mean[codes]) ** 2
-    )
-    least = torch.full((groups,), torch.inf, dtype=torch.float64).scatter_reduce_(
-        0, codes, rewards, "amin"
-    )
-    most = torch.full((groups,), -torch.inf, dtype=torch.float64).scatter_reduce_(
-        0, codes, rewards, "amax"
-    )
+    zero = rewards.new_zeros(groups)
+    mean = zero.index_add(0, codes, rewards) / count
+    squares = zero.index_add(0, codes, (rewards - mean[codes]) ** 2)
+    least = rewards.new_full((groups,), torch.inf).scatter_reduce_(0, codes, rewards, "amin")
+    most = rewards.new_full((groups,), -torch.inf).scatter_reduce_(0, codes, rewards, "amax")
     equal = least == most
     variance = torch.where(equal, 0.0, squares / (count - ddof))
     return count, torch.where(equal, least, mean), variance
+
+
+def _check_finite(mean: Tensor, variance: Tensor, groups: list[Hashable]) -> None:
+    broken = ~(torch.isfinite(mean) & torch.isfinite(variance))
+    if broken.any():
+        group = groups[int(broken.nonzero()[0])]
+        raise ValueError(f"the rewards of {group!r} are too large: their spread is not finite")
 
 
 def _standardize(rewards: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
@@ -89,19 +138,22 @@ def group_advantage(
     """Rewards standardized within their group (GRPO, arXiv 2402.03300, section 4.1.2), 0 where all
     are equal.
 
-    rewards: [R] finite. group_ids: [R], any hashable. normalize=False only subtracts the mean (Dr.
-        GRPO).
+    rewards: [R] finite. group_ids: [R], any hashable; tensors and numpy scalars count by their
+        value. normalize=False only subtracts the mean (Dr. GRPO).
     ddof: 0 divides the squares by n, as the papers define the spread; 1 by n - 1, as TRL and verl
         compute it.
 
-    Returns [R] float32 on the device of rewards.
+    Returns [R] float32 on the device of rewards, for a list on torch's default device. Raises
+    ValueError for a reward that is not finite and for ids that don't match the rewards.
     """
-    given, values = _values(rewards)
+    _check_ddof(ddof)
+    values, device = _values(rewards)
     groups, codes = _group(group_ids, values, "group_ids")
     _, mean, variance = _moments(values, codes, len(groups), ddof)
+    _check_finite(mean, variance, groups)
     centred = values - mean[codes]
     out = _standardize(values, mean[codes], variance[codes]) if normalize else centred
-    return out.to(given.device, torch.float32)
+    return out.to(device, torch.float32)
 
 
 def overlong_punishment(lengths: Tensor | Sequence[int], max_length: int, cache: int) -> Tensor:
@@ -112,7 +164,9 @@ def overlong_punishment(lengths: Tensor | Sequence[int], max_length: int, cache:
     """
     if not 0 < cache <= max_length:
         raise ValueError(f"cache={cache} must lie in 1..max_length={max_length}")
-    n = torch.as_tensor(lengths)
+    n = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+    if not n.is_floating_point():
+        n = n.to(torch.int64)  # unsigned ones would wrap below 0
     return ((max_length - cache - n) / cache).clamp(-1.0, 0.0).to(torch.float32)
 
 
@@ -127,7 +181,9 @@ class SmoothAdvantage:
         sas = SmoothAdvantage()
         advantages = sas(rewards, prompt_ids)  # [R], [R] -> [R] float32
 
-    Prompt ids may be anything hashable. A prompt costs 32 bytes beside its id.
+    A prompt id is a string, a number, bytes, or a tuple of them, so that torch.load reads a saved
+    state with weights_only=True. Tensors and numpy scalars count by their value, and ids that are
+    equal in Python are one prompt: 1 and 1.0. A prompt costs 32 bytes beside its id.
 
     ddof: 0 for the paper's spread, 1 for the official repository's (torch.std), which it also
         merges as it is.
@@ -135,17 +191,17 @@ class SmoothAdvantage:
     """
 
     def __init__(self, ddof: int = 0, max_prompts: int | None = None) -> None:
-        if ddof not in (0, 1):
-            raise ValueError(f"ddof={ddof!r} must be 0 or 1")
-        if max_prompts is not None and max_prompts < 1:
+        if max_prompts is not None and not (
+            isinstance(max_prompts, Integral) and int(max_prompts) >= 1
+        ):
             raise ValueError(
-                f"max_prompts={max_prompts!r} must be at least 1, or None for no bound"
+                f"max_prompts={max_prompts!r} must be a whole number >= 1, or None for no bound"
             )
-        self.ddof = ddof
+        self.ddof = _check_ddof(ddof)
         self.max_prompts = max_prompts
         self._row: dict[Hashable, int] = {}  # least recently visited first, where it is bounded
         self._free: list[int] = []
-        self._table = torch.zeros(0, len(_COLUMNS), dtype=torch.float64)
+        self._table = torch.zeros(0, len(_COLUMNS), dtype=torch.float64, device="cpu")
 
     def __len__(self) -> int:
         """Prompts remembered."""
@@ -156,11 +212,15 @@ class SmoothAdvantage:
     ) -> Tensor:
         """Advantages [R] float32 of rewards [R]: one more visit for each prompt in prompt_ids [R].
 
+        They are on the device of rewards, for a list on torch's default device.
+
         Raises ValueError, with nothing counted, for a reward that is not finite, ids that don't
-        match the rewards, and with ddof=1 for a prompt with a single response.
+        match the rewards, and with ddof=1 for a prompt with a single response; TypeError for an id
+        that a saved state could not hold.
         """
-        given, values = _values(rewards)
+        values, device = _values(rewards)
         prompts, codes = _group(prompt_ids, values, "prompt_ids")
+        _check_loadable(prompts)
         n, mean_n, var_n = _moments(values, codes, len(prompts), self.ddof)
         if self.ddof and len(n) and int(n.min()) < 2:
             single = prompts[int((n < 2).nonzero()[0])]
@@ -168,8 +228,7 @@ class SmoothAdvantage:
                 f"prompt {single!r} has one response: its spread needs two with ddof=1"
             )
 
-        rows = self._rows_of(prompts)
-        visits_o, o, mean_o, var_o = self._table[rows].unbind(1)
+        visits_o, o, mean_o, var_o = self._history(prompts).unbind(1)
         visits = visits_o + 1
         w_o = o / (o + n)
         w_n = 1 - w_o
@@ -179,6 +238,8 @@ class SmoothAdvantage:
         between = torch.where(same, 0.0, w_o * w_n * (mean_n - mean_o) ** 2)
         mean_t = torch.where(same, mean_n, w_o * mean_o + w_n * mean_n)
         var_t = w_o * var_o + w_n * var_n + between
+        _check_finite(mean_t, var_t, prompts)
+        rows = self._rows_of(prompts)  # which may replace the table
         self._table[rows] = torch.stack([visits, o + n, mean_t, var_t], 1)
         self._forget()
 
@@ -187,7 +248,15 @@ class SmoothAdvantage:
         new = (1 / visits)[codes]
         s1 = new * a_t + (1 - new) * a_n
         s2 = new * a_n + (1 - new) * a_t
-        return torch.where(s1.abs() < s2.abs(), s1, s2).to(given.device, torch.float32)
+        return torch.where(s1.abs() < s2.abs(), s1, s2).to(device, torch.float32)
+
+    def _history(self, prompts: list[Hashable]) -> Tensor:
+        """What is remembered of prompts, zeros for new ones."""
+        rows = [self._row.get(prompt, -1) for prompt in prompts]
+        row = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        history = self._table.new_zeros(len(rows), len(_COLUMNS))
+        history[row >= 0] = self._table[row[row >= 0]]
+        return history
 
     def _rows_of(self, prompts: list[Hashable]) -> Tensor:
         """Rows of the table, new ones for new prompts; all of them visited now."""
@@ -202,10 +271,11 @@ class SmoothAdvantage:
             self._free = self._free[len(new) :]
             rows = list(map(self._row.__getitem__, prompts))
         size = len(self._table)
-        if len(self._row) > size:  # doubles, so that growth costs O(1) a prompt
-            room = torch.zeros(max(len(self._row) - size, size), len(_COLUMNS), dtype=torch.float64)
-            self._table = torch.cat([self._table, room])
-        return torch.tensor(rows, dtype=torch.int64)
+        if len(self._row) > size:  # doubles, so that growth costs O(1) per prompt
+            room = self._table.new_zeros(max(len(self._row) - size, size), len(_COLUMNS))
+            with torch.inference_mode(False):  # else only inference mode could write to it
+                self._table = torch.cat([self._table, room])
+        return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
     def _forget(self) -> None:
         """Drop what exceeds max_prompts. Freed rows are cleared, ready for another prompt."""
@@ -218,7 +288,7 @@ class SmoothAdvantage:
 
     def statistics(self, prompt_id: Hashable) -> PromptStatistics:
         """What is remembered of a prompt. KeyError if it is not."""
-        visits, count, mean, variance = self._table[self._row[prompt_id]].tolist()
+        visits, count, mean, variance = self._table[self._row[_id(prompt_id)]].tolist()
         return PromptStatistics(int(visits), int(count), mean, variance**0.5)
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,26 +318,35 @@ class SmoothAdvantage:
             raise ValueError(
                 f"the state was kept with ddof={state['ddof']}, this object has ddof={self.ddof}"
             )
-        prompts = list(state["prompt_ids"])
-        sizes = {key: len(state[key]) for key in ("prompt_ids", *_COLUMNS)}
-        if len(set(sizes.values())) != 1 or len(set(prompts)) != len(prompts):
+        prompts = _ids(state["prompt_ids"])
+        _check_loadable(prompts)
+        if len(set(prompts)) != len(prompts):
             raise ValueError(
-                f"the state does not hold one entry a prompt: {sizes}, {len(set(prompts))} "
-                "distinct ids"
+                f"the state does not hold one entry per prompt: of {len(prompts)} ids "
+                f"{len(set(prompts))} are distinct"
             )
-        columns = []
+        columns = {}
         for key, least in zip(_COLUMNS, (1, 1, -torch.inf, 0), strict=True):
-            column = torch.as_tensor(state[key]).to(torch.float64)
+            try:
+                column = torch.as_tensor(state[key], dtype=torch.float64, device="cpu").detach()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{key} of the state holds no numbers: {error}") from error
             if column.shape != (len(prompts),):
                 raise ValueError(
-                    f"{key} must be one number a prompt, got shape {list(column.shape)}"
+                    f"the state does not hold one entry per prompt: {len(prompts)} ids, {key} of "
+                    f"shape {list(column.shape)}"
                 )
-            wrong = ~(torch.isfinite(column) & (column >= least))
-            if wrong.any():
-                at = int(wrong.nonzero()[0])
+            fine = torch.isfinite(column) & (column >= least)
+            if key in ("visits", "count"):
+                fine &= column == column.floor()
+            if key == "count":  # each visit brought a response
+                fine &= column >= columns["visits"]
+            if not fine.all():
+                at = int((~fine).nonzero()[0])
                 raise ValueError(f"{key} of prompt {prompts[at]!r} is {float(column[at])}")
-            columns.append(column)
-        return prompts, torch.stack(columns, 1)
+            columns[key] = column
+        with torch.inference_mode(False):
+            return prompts, torch.stack([columns[key] for key in _COLUMNS], 1)
 
     def merge(self, other: dict[str, Any], base: dict[str, Any] | None = None) -> None:
         """Take in the state of another rank, which visited other prompts.

@@ -1,41 +1,207 @@
-"""What `losses` accepts, checked and brought to one row a token before any kernel runs."""
+"""The door: what `losses` accepts, checked once and brought to the records that the operators
+take."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dcpo_kernels import backends
-from dcpo_kernels.aggregation import response_weights
-from dcpo_kernels.objectives import MAX_K, Objective
+from dcpo_kernels.objective import AGGREGATIONS, MAX_K, Objective
+from dcpo_kernels.ops.library import check_places
+from dcpo_kernels.ops.records import Grouping, Options, Rows, Tokens
+from dcpo_kernels.ops.row_stats import Targets
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+IDS = (torch.int64, torch.int32)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64, *FLOATS)
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+class Batch(NamedTuple):
+    """Everything `policy_loss` was told, but for the logits."""
+
+    backend: str
+    grouping: Grouping
+    rows: Rows
+    tokens: Tokens  # its weights are to come, from `grouping`
+    options: Options
+    objective: Objective
+    by_response: dict[str, Tensor]  # fields of rows and tokens that came as [R] float32
+    loss_scale: float | Tensor | None
+    inplace: bool
+
+
+def policy_batch(
+    logits: Tensor,
+    target_ids: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
+    objective: Objective,
+    temperature: float | Tensor,
+    ref_logprobs: Tensor | None,
+    importance_weights: Tensor | None,
+    topk_ids: Tensor | None,
+    topk_logprobs: Tensor | None,
+    old_logits: Tensor | None,
+    num_responses: int | Tensor | None,
+    num_tokens: int | Tensor | None,
+    max_length: int | Tensor | None,
+    loss_scale: float | Tensor | None,
+    skip_zero_advantage: bool,
+    with_entropy: bool,
+    inplace: bool,
+    backend: str,
+) -> Batch:
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective such as dcpo(), got {objective!r}")
+    backend = check_logits("logits", logits, backend)
+    check_transforms("policy_loss", logits)
+    if inplace:
+        check_in_place(logits)
+    token_mask, row_lengths, all_ones = _grouping(logits, mask, lengths, objective)
+    responses = logits.shape[0] if row_lengths is None else row_lengths.shape[0]
+    by_response: dict[str, Tensor] = {}
+
+    def value(name: str, x: Tensor, field: str = "") -> Tensor | None:
+        """[N] float32, or None where it is [R]: then it waits in by_response."""
+        x, per_response = _per_token_or_response(name, x, logits, responses, all_ones)
+        if per_response:
+            by_response[field or name] = x
+            return None
+        return x
+
+    if ref_logprobs is None and objective.kl_coef != 0:
+        raise ValueError(
+            f"objective {objective.name} has kl_coef={objective.kl_coef} and needs ref_logprobs"
+        )
+    number, temperatures = 1.0, None
+    if isinstance(temperature, Tensor):
+        temperatures = value("temperature", _temperatures(temperature, logits, token_mask), "temperatures")
+    else:
+        number = temperature_number(temperature)
+    topk_ids, topk_logprobs = _topk(objective, topk_ids, topk_logprobs, logits)
+    rows = Rows(
+        target_ids=rows_of("target_ids", target_ids, logits, IDS, torch.int64),
+        temperatures=temperatures,
+        topk_ids=topk_ids,
+        topk_logprobs=topk_logprobs,
+        old_logits=_old_logits(objective, old_logits, logits, backend),
+    )
+    tokens = Tokens(
+        old_logprobs=None if old_logprobs is None else floats("old_logprobs", old_logprobs, logits),
+        advantages=value("advantages", advantages),  # pyright: ignore[reportArgumentType]
+        weights=None,  # pyright: ignore[reportArgumentType]
+        ref_logprobs=None
+        if ref_logprobs is None or objective.kl_coef == 0
+        else floats("ref_logprobs", ref_logprobs, logits),
+        importance_weights=None
+        if importance_weights is None
+        else value("importance_weights", importance_weights),
+    )
+    skip_zero = None
+    if skip_zero_advantage and not objective.pulls_without_advantage:
+        skip_zero = by_response.get("advantages", tokens.advantages)
+    totals = [
+        _total(name, total, logits)
+        for name, total in (
+            ("num_responses", num_responses),
+            ("num_tokens", num_tokens),
+            ("max_length", max_length),
+        )
+    ]
+    if max_length is None and objective.aggregation == "seq-mean-token-sum-norm":
+        raise ValueError(
+            f"aggregation={objective.aggregation!r} needs max_length, the same in every micro-batch"
+        )
+    grouping = Grouping(
+        token_mask,
+        row_lengths,
+        AGGREGATIONS.index(objective.aggregation),
+        *(number for number, _ in totals),
+        *(on_device for _, on_device in totals),
+        skip_zero=skip_zero,
+        skip_by_response="advantages" in by_response,
+        skip_whole_responses=objective.ratio_level == "sequence",
+    )
+    return Batch(
+        backend=backend,
+        grouping=grouping,
+        rows=rows,
+        tokens=tokens,
+        options=Options(number, with_entropy or objective.entropy_coef != 0),
+        objective=objective,
+        by_response=by_response,
+        loss_scale=_loss_scale(loss_scale, logits),
+        inplace=inplace,
+    )
+
+
+def targets_of(
+    logits: Tensor,
+    target_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    with_entropy: bool,
+    inplace: bool,
+    backend: str,
+) -> tuple[Targets, Options, str]:
+    """The same for `selected_logprobs`."""
+    backend = check_logits("logits", logits, backend)
+    check_transforms("selected_logprobs", logits)
+    if inplace:
+        check_in_place(logits)
+    token_mask = None if mask is None else mask_of(mask, logits)
+    number, temperatures = 1.0, None
+    if isinstance(temperature, Tensor):
+        temperatures = floats("temperature", _temperatures(temperature, logits, token_mask), logits)
+    else:
+        number = temperature_number(temperature)
+    ids = rows_of("target_ids", target_ids, logits, IDS, torch.int64)
+    return Targets(ids, token_mask, temperatures), Options(number, with_entropy), backend
+
+
+def check_transforms(name: str, logits: Tensor) -> None:
+    """The operators are opaque to torch.func and to forward mode, which would see a constant."""
+    if torch.compiler.is_compiling():
+        return
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None
+    if dual or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name} has first derivatives in reverse mode, by backward() or torch.autograd.grad: "
+            "forward mode and torch.func's transforms (grad, jvp, hessian, vmap) can't go through"
+        )
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def check_logits(logits: Tensor, temperature: float, backend: str, name: str = "logits") -> str:
+def check_logits(name: str, logits: Tensor, backend: str) -> str:
     """The backend that will serve these logits."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
+    if hasattr(logits, "placements"):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor with placements {logits.placements}: "
+            "pass logits.full_tensor(), or logits.to_local() where each rank has whole rows"
+        )
     if logits.dim() not in (2, 3):
         raise ValueError(
             f"{name} must be packed [N, V] or padded [B, T, V], got shape {list(logits.shape)}"
         )
     if logits.shape[-1] < 1:
         raise ValueError(f"{name} has an empty vocabulary: shape {list(logits.shape)}")
-    if not isinstance(temperature, Real):
-        raise TypeError(f"temperature must be a number, got {temperature!r}")
-    if not _TINY <= temperature <= _HUGE:
-        raise ValueError(f"temperature={temperature} must be > 0 and finite in float32")
     backend = backends.choose(backend, logits.device.type)
     dtypes = (*LOGITS_DTYPES, torch.float64) if backend == "reference" else LOGITS_DTYPES
     if logits.dtype not in dtypes:
@@ -51,37 +217,15 @@ def check_logits(logits: Tensor, temperature: float, backend: str, name: str = "
 
 
 def check_in_place(logits: Tensor) -> None:
-    if logits.requires_grad and logits.is_leaf and torch.is_grad_enabled():
-        raise ValueError(
-            "inplace=True would overwrite logits that are a leaf of the graph; pass inplace=False"
-        )
-    if torch.compiler.is_compiling():  # would be a guard on the strides
+    if torch.compiler.is_compiling():  # the operator looks at its places, where no guard comes of it
         return
-    reach = 1
-    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
-        if size > 1 and stride < reach:
-            raise ValueError(
-                f"inplace=True needs logits with a place for each row, got strides "
-                f"{list(logits.stride())}"
-            )
-        reach += stride * (size - 1)
-
-
-def rows_of(
-    name: str,
-    x: Tensor,
-    logits: Tensor,
-    dtypes: Sequence[torch.dtype],
-    to: torch.dtype,
-) -> Tensor:
-    """One value a token, [N] or [B, T] as the logits have them, as a contiguous [N] of the kernels'
-    dtype."""
-    tokens = list(logits.shape[:-1])
-    _check_tensor(name, x, tokens)
-    if list(x.shape) != tokens:
-        raise ValueError(f"{name} must have one value a token, shape {tokens}, got {list(x.shape)}")
-    _check_kind(name, x, logits, dtypes)
-    return x.detach().to(to).reshape(-1).contiguous()
+    base = logits._base if logits._is_view() else logits
+    if base.requires_grad and base.is_leaf and torch.is_grad_enabled():
+        raise ValueError(
+            "inplace=True would overwrite logits that are a leaf of the graph, or a view of one; "
+            "pass inplace=False"
+        )
+    check_places(logits)
 
 
 def _check_tensor(name: str, x: object, shape: Sequence[object]) -> None:
@@ -96,47 +240,47 @@ def _check_kind(name: str, x: Tensor, logits: Tensor, dtypes: Sequence[torch.dty
         raise ValueError(f"{name} is on {x.device}, logits are on {logits.device}")
 
 
-IDS = (torch.int64, torch.int32)
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64, *FLOATS)
+def rows_of(
+    name: str, x: Tensor, logits: Tensor, dtypes: Sequence[torch.dtype], to: torch.dtype
+) -> Tensor:
+    """One value per token, [N] or [B, T] as the logits have them, contiguous and of the kernels'
+    dtype."""
+    tokens = list(logits.shape[:-1])
+    _check_tensor(name, x, tokens)
+    if list(x.shape) != tokens:
+        raise ValueError(
+            f"{name} must have one value per token, shape {tokens}, got {list(x.shape)}"
+        )
+    _check_kind(name, x, logits, dtypes)
+    return x.to(to).contiguous()
 
 
-class Responses(NamedTuple):
-    """Which tokens belong together."""
-
-    counts: Tensor  # [N] bool: the token counts
-    lengths: Tensor  # [R] int64: tokens of each response that count
-    index: Tensor | None  # [N] int64: its response; None where they are padded, N = R T
+def floats(name: str, x: Tensor, logits: Tensor) -> Tensor:
+    return rows_of(name, x, logits, FLOATS, torch.float32)
 
 
-def spread(x: Tensor, responses: Responses) -> Tensor:
-    """[N], each token with what its response has in x [R]."""
-    if responses.index is not None:
-        return x[responses.index]
-    time = len(responses.counts) // max(len(x), 1)
-    return x[:, None].expand(len(x), time).reshape(-1)
+def mask_of(mask: Tensor, logits: Tensor) -> Tensor:
+    tokens = list(logits.shape[:-1])
+    _check_tensor("mask", mask, tokens)
+    if list(mask.shape) != tokens:
+        raise ValueError(f"mask must have shape {tokens}, got {list(mask.shape)}")
+    _check_kind("mask", mask, logits, MASKS)
+    bytes_ = mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0
+    return bytes_.contiguous()
 
 
-def response_sums(x: Tensor, responses: Responses) -> Tensor:
-    """[R] sums over each response's tokens, in a fixed order; x [N] is 0 where a token does not
-    count."""
-    if responses.index is None:
-        batch = len(responses.lengths)
-        return x.view(batch, x.numel() // max(batch, 1)).sum(1)
-    return torch.segment_reduce(x, "sum", lengths=responses.lengths, unsafe=True, initial=0.0)
-
-
-def responses_of(
+def _grouping(
     logits: Tensor,
     mask: Tensor | None,
     lengths: Tensor | Sequence[int] | None,
     objective: Objective,
-) -> Responses:
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Mask and lengths as the operators take them, on the device of the logits, and whether each
+    response is known to be one row."""
     if (mask is None) == (lengths is None):
         raise ValueError(
             "exactly one of mask [B, T] (padded logits) and lengths [R] (packed logits) tells "
-            "which tokens form a "
-            f"response; got {'both' if mask is not None else 'neither'}"
+            f"which tokens form a response; got {'both' if mask is not None else 'neither'}"
         )
     if mask is not None:
         if logits.dim() != 3:
@@ -144,15 +288,7 @@ def responses_of(
                 f"mask goes with logits [B, T, V], got {list(logits.shape)}; packed logits take "
                 f"lengths"
             )
-        _check_tensor("mask", mask, logits.shape[:2])
-        if list(mask.shape) != list(logits.shape[:2]):
-            raise ValueError(
-                f"mask must have shape {list(logits.shape[:2])}, got {list(mask.shape)}"
-            )
-        _check_kind("mask", mask, logits, MASKS)
-        counts = mask != 0
-        return Responses(counts.reshape(-1), counts.sum(1), None)
-
+        return mask_of(mask, logits), None, False
     if logits.dim() != 2:
         raise ValueError(
             f"lengths go with packed logits [N, V], got {list(logits.shape)}; padded logits take a "
@@ -162,8 +298,8 @@ def responses_of(
         given = lengths
     else:
         try:
-            given = torch.as_tensor(lengths)
-        except (TypeError, ValueError) as error:
+            given = torch.as_tensor(lengths, device="cpu")
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise TypeError(f"lengths must be integers [R], got {lengths!r}") from error
         if given.shape == (0,):  # torch takes [] for floats
             given = given.to(torch.int64)
@@ -171,70 +307,121 @@ def responses_of(
         raise ValueError(
             f"lengths must be integers of shape [R], got {given.dtype} of shape {list(given.shape)}"
         )
-    rows = logits.shape[0]
     # On a GPU looking at the values would mean waiting for it.
+    all_ones = False
     looked = given.device.type == "cpu" or os.environ.get("DCPO_KERNELS_CHECK") == "1"
-    looked = looked and not torch.compiler.is_compiling()
-    if looked:
-        if len(given) and int(given.min()) < 0:
-            raise ValueError(
-                f"lengths[{int(given.argmin())}] is {int(given.min())}, a response can't have "
-                f"fewer than 0"
-            )
-        if int(given.sum()) != rows:
-            whole = (
-                f"; objective {objective.name} takes one ratio per response, so each must be whole "
-                "in a call: split a batch into micro-batches between responses"
-            )
-            raise ValueError(
-                f"lengths add up to {int(given.sum())}, but there are {rows} rows of logits"
-                + (whole if objective.ratio_level == "sequence" else "")
-            )
-    lengths_ = given.to(logits.device, torch.int64, non_blocking=True)
-    if looked:
-        index = torch.repeat_interleave(lengths_, output_size=rows)
-        return Responses(torch.ones_like(index, dtype=torch.bool), lengths_, index)
-    # Whatever they are, nothing is read outside the rows.
-    ends = lengths_.cumsum(0).clamp(0, rows).cummax(0).values
-    lengths_ = ends.diff(prepend=ends.new_zeros(1))
-    row = torch.arange(rows, device=logits.device)
-    index = torch.searchsorted(ends, row, right=True)
-    counts = index < len(lengths_)
-    return Responses(counts, lengths_, index.clamp(max=max(len(lengths_) - 1, 0)))
+    if looked and not torch.compiler.is_compiling():
+        values = given.tolist()
+        _check_lengths(values, logits.shape[0], objective)
+        all_ones = values.count(1) == len(values)
+    lengths = given.to(logits.device, torch.int64, non_blocking=True).contiguous()
+    return None, lengths, all_ones
 
 
-def per_token(name: str, x: Tensor, logits: Tensor, responses: Responses) -> Tensor:
-    """[N] float32 from one value a token or one a response (which is what [R] means where R =
-    N)."""
-    count = len(responses.lengths)
+def _check_lengths(lengths: list[int], rows: int, objective: Objective) -> None:
+    for i, length in enumerate(lengths):
+        if not 0 <= length <= rows:
+            raise ValueError(
+                f"lengths[{i}] is {length}, a response can't have fewer than 0 or more than the "
+                f"{rows} rows of logits"
+            )
+    if sum(lengths) != rows:
+        whole = (
+            f"; objective {objective.name} takes one ratio per response, so each must be whole "
+            "in a call: split a batch into micro-batches between responses"
+        )
+        raise ValueError(
+            f"lengths add up to {sum(lengths)}, but there are {rows} rows of logits"
+            + (whole if objective.ratio_level == "sequence" else "")
+        )
+
+
+def _per_token_or_response(
+    name: str, x: Tensor, logits: Tensor, responses: int, all_ones: bool
+) -> tuple[Tensor, bool]:
+    """x as contiguous float32, and whether it has one value per response: [R] or [R, 1]."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if list(x.shape) == [count]:
-        _check_kind(name, x, logits, FLOATS)
-        return spread(x.detach().to(torch.float32), responses)
-    if list(x.shape) == list(logits.shape[:-1]):
-        return rows_of(name, x, logits, FLOATS, torch.float32)
-    raise ValueError(
-        f"{name} must have one value a token, {list(logits.shape[:-1])}, or one a response, "
-        f"[{count}]; "
-        f"got shape {list(x.shape)}"
-    )
+    tokens, shape = list(logits.shape[:-1]), list(x.shape)
+    per_response = shape in ([responses], [responses, 1])
+    if not per_response and shape != tokens:
+        raise ValueError(
+            f"{name} must have one value per token, {tokens}, or one per response, [{responses}]; "
+            f"got shape {shape}"
+        )
+    if shape == [responses] == tokens and responses > 1 and not all_ones:
+        raise ValueError(
+            f"{name} of shape {shape} could have one value per token or one per response, because "
+            f"there are as many of one as of the other; pass [{responses}, 1] for one per "
+            f"response, or leave out responses without tokens"
+        )
+    _check_kind(name, x, logits, FLOATS)
+    return x.to(torch.float32).contiguous(), per_response
 
 
-def weights_of(
-    responses: Responses,
-    objective: Objective,
-    num_responses: int | Tensor | None,
-    num_tokens: int | Tensor | None,
-    max_length: int | Tensor | None,
-) -> Tensor:
-    weight = response_weights(
-        responses.lengths, objective.aggregation, num_responses, num_tokens, max_length
-    )
-    return torch.where(responses.counts, spread(weight, responses), 0.0)
+def temperature_number(temperature: float) -> float:
+    if not isinstance(temperature, Real):
+        raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
+    if not _TINY <= temperature <= _HUGE:
+        raise ValueError(f"temperature={temperature} must be > 0 and finite in float32")
+    return float(temperature)
 
 
-def topk_of(
+def _temperatures(temperature: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Looked at on a CPU; on a GPU a temperature that is not > 0 gives NaN."""
+    if not temperature.is_floating_point():
+        raise TypeError(f"temperature must be {_names(FLOATS)}, got {_names([temperature.dtype])}")
+    if temperature.dim() == 0:
+        temperature = temperature.expand(logits.shape[:-1])
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~((temperature >= _TINY) & (temperature <= _HUGE))
+        if mask is not None and mask.shape == temperature.shape:
+            bad &= mask != 0
+        if bad.any():
+            at = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"temperature{at} is {float(temperature[tuple(at)])}, must be > 0 and finite in "
+                f"float32"
+            )
+    return temperature
+
+
+def _total(
+    name: str, total: int | float | Tensor | None, logits: Tensor
+) -> tuple[int | None, Tensor | None]:
+    """A total of the whole batch, as an integer or as a scalar on the device of the logits."""
+    if total is None:
+        return None, None
+    if isinstance(total, Tensor):
+        if total.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {list(total.shape)}")
+        return None, total.to(logits.device, torch.float32, non_blocking=True)
+    if torch.compiler.is_compiling():
+        return total, None  # pyright: ignore[reportReturnType] symbolic
+    if not isinstance(total, Real) or isinstance(total, bool):
+        raise TypeError(f"{name} must be a number or a tensor, got {total!r}")
+    if not total > 0:
+        raise ValueError(f"{name}={total} must be > 0")
+    if isinstance(total, Integral) or total == int(total):
+        return int(total), None
+    return None, torch.tensor(total, dtype=torch.float32, device=logits.device)
+
+
+def _loss_scale(scale: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
+    if scale is None:
+        return None
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"loss_scale must be one number, got shape {list(scale.shape)}")
+        return scale.to(logits.device, torch.float32).reshape(())
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(f"loss_scale must be a number or a tensor, got {scale!r}")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"loss_scale={scale} must be > 0 and finite")
+    return float(scale)
+
+
+def _topk(
     objective: Objective, ids: Tensor | None, logprobs: Tensor | None, logits: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     if not objective.needs_topk:
@@ -266,14 +453,10 @@ def topk_of(
         raise ValueError(
             f"topk_ids {list(ids.shape)} and topk_logprobs {list(logprobs.shape)} differ in K"
         )
-    k = ids.shape[-1]
-    return (
-        ids.to(torch.int64).reshape(-1, k).contiguous(),
-        logprobs.detach().to(torch.float32).reshape(-1, k).contiguous(),
-    )
+    return ids.to(torch.int64).contiguous(), logprobs.to(torch.float32).contiguous()
 
 
-def old_logits_of(
+def _old_logits(
     objective: Objective, old_logits: Tensor | None, logits: Tensor, backend: str
 ) -> Tensor | None:
     if not objective.needs_old_logits:
@@ -292,6 +475,7 @@ def old_logits_of(
             f"old_logits must have the logits' shape {list(logits.shape)}, got "
             f"{list(old_logits.shape)}"
         )
-    _check_kind("old_logits", old_logits, logits, (logits.dtype,))
-    check_logits(old_logits, 1.0, backend, "old_logits")
+    check_logits("old_logits", old_logits, backend)
+    if old_logits.device != logits.device:
+        raise ValueError(f"old_logits is on {old_logits.device}, logits are on {logits.device}")
     return old_logits.detach()

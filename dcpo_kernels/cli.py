@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,8 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the locale of a terminal may know ASCII alone
+        sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(
         prog="dcpo", description="Policy-gradient losses for RLVR, fused into one pass."
     )

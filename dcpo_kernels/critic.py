@@ -35,7 +35,7 @@ def gae(
     counts = mask != 0
     r = torch.where(counts, rewards.detach(), 0.0).to(torch.float32)
     v = torch.where(counts, values.detach(), 0.0).to(torch.float32)
-    next_value, next_advantage = torch.zeros_like(r[:, 0]), torch.zeros_like(r[:, 0])
+    next_value, next_advantage = r.new_zeros(len(r)), r.new_zeros(len(r))
     columns = []
     for t in reversed(range(r.shape[1])):
         delta = r[:, t] + gamma * next_value - v[:, t]

@@ -31,6 +31,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from dcpo_kernels import backends
+    from dcpo_kernels.backends import _compiled
 
     facts: dict[str, Any] = {
         "versions": {
@@ -44,10 +45,9 @@ def collect() -> dict[str, Any]:
         # First: loading the backends is what makes DCPO_KERNELS_CPU_ISA count.
         "backends": backends.explain(),
     }
-    try:
-        from dcpo_kernels import _C
-    except ImportError as error:
-        facts["compiled"]["reason"] = str(error)
+    _C = _compiled.C
+    if _C is None:
+        facts["compiled"]["reason"] = _compiled.missing
         return facts
     facts["compiled"] = {
         "present": True,
@@ -86,7 +86,7 @@ def _text(facts: dict[str, Any]) -> str:
             f"{'CPU':<16}{cpu['isa']} in use, of {', '.join(cpu['isas'])}; {cpu['threads']} threads"
         )
     else:
-        lines.append(f"{'compiled module':<16}missing: {compiled['reason']}")
+        lines.append(f"{'compiled module':<16}none: {compiled['reason']}")
 
     if "cuda" in facts:
         cuda = facts["cuda"]
@@ -103,7 +103,7 @@ def _text(facts: dict[str, Any]) -> str:
             )
 
     for row in facts["backends"]:
-        lines.append(f"{row['tensor'] + ' tensors':<16}{row['backend']}: {row['reason']}")
+        lines.append(f"{row['tensor'] + ' tensors':<16}{row['backend'] or 'none'}: {row['reason']}")
         for other in row["others"]:
             if other["backend"] != row["backend"]:
                 can = "also there" if other["available"] else "not there"

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from dcpo_kernels import arguments as args
-from dcpo_kernels import ops
-from dcpo_kernels.backends import reference
-from dcpo_kernels.objectives import Objective, dcpo, decide, kernel_arguments
-from dcpo_kernels.ops.library import check_ids
+from dcpo_kernels import arguments, ops
+from dcpo_kernels.objective import Objective
+from dcpo_kernels.ops.decide import RatioGroups, Read
+from dcpo_kernels.ops.records import Options, Responses, Results
+from dcpo_kernels.ops.row_gradient import RowCoefficients
+from dcpo_kernels.ops.row_stats import RowStats, Targets
+from dcpo_kernels.presets import dcpo
 
 
 class PolicyLoss(NamedTuple):
@@ -29,6 +30,27 @@ class PolicyLoss(NamedTuple):
     clipped: Tensor  # int8: 0 none, 1 high, 2 low, 3 cap, 4 region
     response_loss: Tensor  # [R]: mean of token_loss over the response's tokens, 0 where it has none
     mask: Tensor  # bool: the token counts
+    summary: Tensor  # what `summarize` reads
+
+
+def _first_derivatives_only(name: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has first derivatives in reverse mode: its gradient can't be differentiated "
+            "again (create_graph=True, hessian)"
+        )
+
+
+def _backward_once(ctx, name: str) -> None:
+    """Own words for a second backward through what the first one has overwritten."""
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            f"backward ran a second time through one {name}, whose gradient was made where it "
+            f"lies: call {name} again, or add the losses up before one backward"
+        )
+    ctx.spent = True
 
 
 def _without_zeros(ctx) -> None:
@@ -37,150 +59,152 @@ def _without_zeros(ctx) -> None:
         ctx.set_materialize_grads(False)
 
 
-class _Fused(torch.autograd.Function):
-    """Read, decide and write at once: the gradient is ready before backward begins."""
+# ---- policy_loss --------------------------------------------------------------------------------
+
+
+def _with_weights(batch: arguments.Batch) -> tuple[arguments.Batch, Responses]:
+    """Mask or lengths become token weights, and what came per response one value per token."""
+    *responses, spread = ops.token_weights(
+        batch.rows.target_ids, *batch.grouping, list(batch.by_response.values()), batch.backend
+    )
+    responses = Responses(*responses)
+    per_token = dict(zip(batch.by_response, spread, strict=True))
+    temperatures = per_token.pop("temperatures", batch.rows.temperatures)
+    batch = batch._replace(
+        rows=batch.rows._replace(temperatures=temperatures),
+        tokens=batch.tokens._replace(weights=responses.weights, **per_token),
+    )
+    return batch, responses
+
+
+def _output(results: Results, responses: Responses, backend: str, with_entropy: bool) -> PolicyLoss:
+    loss, response_loss, summary = ops.finish(*results, *responses, backend)
+    entropy = results.entropy if with_entropy else None
+    return PolicyLoss(
+        loss, *results._replace(entropy=entropy), response_loss, responses.mask, summary
+    )
+
+
+def _one_pass(
+    logits: Tensor, batch: arguments.Batch, with_gradient: bool
+) -> tuple[PolicyLoss, Tensor | None]:
+    """The loss, and its gradient in the logits times loss_scale: read, decide and write at once."""
+    batch, responses = _with_weights(batch)
+    tokens = batch.tokens
+    if batch.loss_scale is not None:
+        tokens = tokens._replace(weights=tokens.weights * batch.loss_scale)
+    numbers, options = batch.objective.numbers, batch.options
+    if with_gradient and batch.inplace:
+        results = ops.fused_(
+            logits, *batch.rows, *tokens, *numbers, *options, batch.backend
+        )
+        gradient = logits
+    else:
+        *results, gradient = ops.fused(
+            logits, *batch.rows, *tokens, *numbers, *options, with_gradient, batch.backend
+        )
+    out = _output(Results(*results), responses, batch.backend, options.with_entropy)
+    return out, gradient
+
+
+class _OnePass(torch.autograd.Function):
+    """The gradient is ready before backward begins."""
 
     @staticmethod
-    def forward(ctx, logits, inplace, backend, *rest):
-        if inplace:
-            out = ops.fused_(logits, *rest, backend)
-            torch.autograd.graph.increment_version(
-                logits
-            )  # a second reader of the logits fails loudly
-            gradient = logits
-        else:
-            *out, gradient = ops.fused(logits, *rest, True, backend)
+    def forward(ctx, logits, batch):
+        out, gradient = _one_pass(logits, batch, with_gradient=True)
+        if batch.inplace:
+            torch.autograd.graph.increment_version(logits)  # a second reader fails loudly
         _without_zeros(ctx)
-        ctx.backend = backend
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(*out)
-        token_loss, weights = out[0], rest[3]
-        return torch.dot(weights, token_loss), *out
+        ctx.loss_scale, ctx.backend = batch.loss_scale, batch.backend
+        ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
+        return tuple(out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None
+        _first_derivatives_only("policy_loss")
+        _backward_once(ctx, "policy_loss")
         gradient = ctx.saved_tensors[0].detach()
-        # In place: a second backward finds that the saved gradient has changed, and says so.
-        ops.scale_(gradient, grad_loss, ctx.backend)
+        if ctx.loss_scale is not None:
+            grad_loss = grad_loss / ctx.loss_scale
+        ops.multiply_(gradient, grad_loss, ctx.backend)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(gradient)
-        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
+        return gradient, None
 
 
-class _SelectedLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, target_ids, counts, temperature, with_entropy, inplace, backend):
-        logprobs, entropy, row_max, log_sum = ops.row_stats(
-            logits, target_ids, counts, temperature, with_entropy, backend
-        )
-        _without_zeros(ctx)
-        ctx.save_for_backward(logits, target_ids, counts, row_max, log_sum, entropy)
-        ctx.temperature, ctx.with_entropy, ctx.inplace, ctx.backend = (
-            temperature,
-            with_entropy,
-            inplace,
-            backend,
-        )
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_logprobs, grad_entropy):
-        logits, target_ids, counts, row_max, log_sum, entropy = ctx.saved_tensors
-        g = torch.zeros_like(row_max) if grad_logprobs is None else grad_logprobs.contiguous()
-        h = None if grad_entropy is None or not ctx.with_entropy else grad_entropy.contiguous()
-        if counts is not None:
-            g = torch.where(counts, g, 0.0)
-            h = None if h is None else torch.where(counts, h, 0.0)
-        rest = (target_ids, row_max, log_sum, entropy, g, h, ctx.temperature, ctx.backend)
-        if ctx.inplace:
-            gradient = logits.detach()
-            ops.row_gradient_(gradient, *rest)
-            torch.autograd.graph.increment_version(gradient)
-        else:
-            gradient = ops.row_gradient(logits, *rest)
-        return gradient, None, None, None, None, None, None
-
-
-def _selected_rows(
-    logits: Tensor,
-    target_ids: Tensor,
-    counts: Tensor | None,
-    temperature: float,
-    with_entropy: bool,
-    inplace: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor | None]:
-    if backend == "reference":
-        flat = logits.reshape(-1, logits.shape[-1])
-        check_ids(target_ids, counts, flat.shape[1], "target_ids")
-        if counts is not None:
-            flat = torch.where(counts[:, None], flat, 0.0)
-            target_ids = torch.where(counts, target_ids, 0)
-        logprobs, entropy, _ = reference.row_stats(flat, target_ids, temperature)
-        if counts is not None:
-            logprobs, entropy = (
-                torch.where(counts, logprobs, 0.0),
-                torch.where(counts, entropy, 0.0),
-            )
-    else:
-        logprobs, entropy = _SelectedLogprobs.apply(
-            logits, target_ids, counts, temperature, with_entropy, inplace, backend
-        )
-    return logprobs, entropy if with_entropy else None
-
-
-def selected_logprobs(
-    logits: Tensor,
-    target_ids: Tensor,
-    *,
-    mask: Tensor | None = None,
-    temperature: float = 1.0,
-    with_entropy: bool = False,
-    inplace: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of chosen tokens under softmax(logits / temperature), and the entropy, both
-    differentiable.
-
-    logits: [N, V] or [B, T, V], bf16, fp16 or fp32; rows may be strided. target_ids: [N] or [B, T],
-        int64 or int32; logits[t] predicts target_ids[t].
-    mask: like target_ids; where it is 0 the row is not read, its results are 0, and it may hold any
-        id.
-    temperature: > 0, applied in float32.
-    with_entropy: also return the entropy in nats.
-    inplace: backward overwrites the logits with their gradient; a second reader of the logits then
-        fails.
-    backend: "auto", or one of `dcpo info`.
-
-    Returns (logprobs, entropy or None), float32, of the shape of target_ids.
-
-    Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
-    for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
-    """
-    backend = args.check_logits(logits, temperature, backend)
-    if inplace:
-        args.check_in_place(logits)
-    ids = args.rows_of("target_ids", target_ids, logits, args.IDS, torch.int64)
-    counts = None if mask is None else args.rows_of("mask", mask, logits, args.MASKS, torch.bool)
-    logprobs, entropy = _selected_rows(
-        logits, ids, counts, temperature, with_entropy, inplace, backend
+def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, RowCoefficients]:
+    """The loss, and what backward writes the gradient from: a response's ratio is known once all of
+    its rows are read."""
+    batch, responses = _with_weights(batch)
+    rows, numbers, options = batch.rows, batch.objective.numbers, batch.options
+    read_rows = responses.mask if batch.grouping.skip_zero is None else responses.weights != 0
+    targets = Targets(rows.target_ids, read_rows, rows.temperatures)
+    stats = RowStats(*ops.row_stats(logits, *targets, *options, batch.backend))
+    read = Read(stats.logprobs, stats.entropy if options.with_entropy else None)
+    groups = RatioGroups(True, responses.offsets, responses.lengths)
+    token_loss, ratio, clipped, g, h = ops.decide(
+        *read, *batch.tokens, *numbers, *groups, batch.backend
     )
-    shape = target_ids.shape
-    return logprobs.view(shape), None if entropy is None else entropy.view(shape)
+    results = Results(token_loss, stats.logprobs, stats.entropy, ratio, clipped)
+    has_entropy_term = numbers.entropy_coef != 0
+    coefficients = RowCoefficients(
+        target_ids=rows.target_ids,
+        temperatures=rows.temperatures,
+        row_max=stats.row_max,
+        log_sum=stats.log_sum,
+        entropy=stats.entropy if has_entropy_term else None,
+        g=g,
+        h=h if has_entropy_term else None,
+    )
+    return _output(results, responses, batch.backend, options.with_entropy), coefficients
+
+
+def _write(ctx, coefficients: RowCoefficients, logits: Tensor, factor: Tensor | None) -> Tensor:
+    """What a backward of two passes returns."""
+    if not ctx.inplace:
+        return ops.row_gradient(logits, *coefficients, factor, ctx.temperature, ctx.backend)
+    gradient = logits.detach()
+    ops.row_gradient_(gradient, *coefficients, factor, ctx.temperature, ctx.backend)
+    torch.autograd.graph.increment_version(gradient)
+    return gradient
+
+
+class _TwoPasses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, batch):
+        out, coefficients = _two_passes(logits, batch)
+        _without_zeros(ctx)
+        ctx.save_for_backward(logits, *coefficients)
+        ctx.temperature = batch.options.temperature
+        ctx.inplace, ctx.backend = batch.inplace, batch.backend
+        ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None
+        _first_derivatives_only("policy_loss")
+        if ctx.inplace:
+            _backward_once(ctx, "policy_loss")
+        logits, *coefficients = ctx.saved_tensors
+        return _write(ctx, RowCoefficients(*coefficients), logits, grad_loss), None
 
 
 def policy_loss(
     logits: Tensor,
     target_ids: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
     mask: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     objective: Objective | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     topk_ids: Tensor | None = None,
@@ -189,6 +213,7 @@ def policy_loss(
     num_responses: int | Tensor | None = None,
     num_tokens: int | Tensor | None = None,
     max_length: int | Tensor | None = None,
+    loss_scale: float | Tensor | None = None,
     skip_zero_advantage: bool = False,
     with_entropy: bool = False,
     inplace: bool = False,
@@ -201,141 +226,146 @@ def policy_loss(
         rows may be strided (logits[:, :-1] is fine). Everything is computed in float32.
     target_ids: [N] or [B, T], int64 or int32; logits[t] predicts target_ids[t].
     old_logprobs: [N] or [B, T], log-probabilities of the policy that the ratio is taken against, at
-        this temperature.
-    advantages: per token, [N] or [B, T], or per response, [R] or [B].
+        this temperature. None: the policy itself (on-policy). The ratio is then exactly 1, the
+        gradient is that of the ratio, and DCPO's bounds take its own probability.
+    advantages: per token, [N] or [B, T], or per response, [R] or [B] (or [R, 1]).
     mask: [B, T], nonzero where a token counts, with padded logits. lengths: [R], with packed ones;
         may hold zeros. What stands in tokens that don't count (any id, NaN) has no effect, and
         their logits are not read.
     objective: a preset such as `dcpo()` (the default), `grpo()`, `dapo()`, `ppo()`.
-    temperature: > 0; the loss is that of softmax(logits / temperature).
+    temperature: > 0; the loss is that of softmax(logits / temperature). A number, or a tensor with
+        one per token or per response.
     ref_logprobs: per token; needed when objective.kl_coef != 0.
     importance_weights: per token or response; multiply the policy term only, not KL and entropy.
         For the mismatch between the engine that sampled and the one that trains.
-    topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported; for dppo's top-K
-        divergences.
-    old_logits: like logits; for dppo's full divergences.
+    topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported, no id twice in
+        a row; for dppo's top-K divergences.
+    old_logits: of the logits' shape, in any of their dtypes; for dppo's full divergences.
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
-        it into micro-batches changes nothing.
-    skip_zero_advantage: don't read rows with advantage 0 where nothing else pulls at them; their
+        it into micro-batches changes nothing. One that is smaller than what is in the call is an
+        error; where that would mean waiting for a GPU, the loss is NaN.
+    loss_scale: what a GradScaler multiplies the loss with, a number or a device tensor. The
+        gradient is stored times it, and only its ratio to the upstream gradient is applied in
+        backward: with fp16 logits small entries would be 0 without it. The result is the same.
+    skip_zero_advantage: don't read rows with advantage 0 where nothing else has a gradient; their
         results are 0.
     with_entropy: also return the entropy.
-    inplace: the forward overwrites the logits with their gradient, so no second [N, V] tensor is
-        ever allocated. Nothing else may read the logits; what was saved for another backward fails
-        loudly.
+    inplace: the forward overwrites the logits with their gradient (gspo: the backward does), so no
+        second [N, V] tensor is ever allocated. Nothing else may read the logits: autograd raises
+        for a backward that had saved them, and who reads their values sees gradients.
     backend: "auto", or one of `dcpo info`.
 
-    Returns a `PolicyLoss`; out.loss.backward() honours any upstream gradient. A NaN or +inf logit
-    makes its own row's loss and gradient NaN, and no other row's gradient.
+    Returns a `PolicyLoss`; out.loss.backward() honours any upstream gradient. It runs once: a
+    second backward through one call raises, but for objectives with a ratio per response that are
+    not in place. A NaN or +inf logit, or a log-ratio of -inf - -inf, makes its own row's loss and
+    gradient NaN, and no other row's gradient.
 
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: that row's loss is NaN, or with DCPO_KERNELS_CHECK=1
     the error).
     """
-    objective = dcpo() if objective is None else objective
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective such as dcpo(), got {objective!r}")
-    backend = args.check_logits(logits, temperature, backend)
-    if inplace:
-        args.check_in_place(logits)
-    responses = args.responses_of(logits, mask, lengths, objective)
-    ids = args.rows_of("target_ids", target_ids, logits, args.IDS, torch.int64)
-    old = args.rows_of("old_logprobs", old_logprobs, logits, args.FLOATS, torch.float32)
-    A = args.per_token("advantages", advantages, logits, responses)
-    if ref_logprobs is None and objective.kl_coef != 0:
-        raise ValueError(
-            f"objective {objective.name} has kl_coef={objective.kl_coef} and needs ref_logprobs"
-        )
-    ref = None
-    if ref_logprobs is not None and objective.kl_coef != 0:
-        ref = args.rows_of("ref_logprobs", ref_logprobs, logits, args.FLOATS, torch.float32)
-    importance = None
-    if importance_weights is not None:
-        importance = args.per_token("importance_weights", importance_weights, logits, responses)
-    k_ids, k_logprobs = args.topk_of(objective, topk_ids, topk_logprobs, logits)
-    old_logits = args.old_logits_of(objective, old_logits, logits, backend)
-    weights = args.weights_of(responses, objective, num_responses, num_tokens, max_length)
-    with_entropy = with_entropy or objective.entropy_coef != 0
-
-    counts = responses.counts  # the rows that are read; the fused operator looks at A itself
-    one_pass = backend != "reference" and objective.ratio_level == "token"
-    if not one_pass and skip_zero_advantage and not objective.pulls_without_advantage:
-        live = counts & (A != 0)
-        if objective.ratio_level == "sequence":  # a response's ratio needs all of its tokens
-            live = args.spread(args.response_sums(live.to(torch.float32), responses) > 0, responses)
-        counts = counts & live
-
-    if backend == "reference":
-        flat = logits.reshape(-1, logits.shape[-1])
-        check_ids(ids, counts, flat.shape[1], "target_ids")
-        if k_ids is not None:
-            check_ids(k_ids, counts, flat.shape[1], "topk_ids")
-        rows = reference.policy_rows(
-            objective,
-            flat,
-            ids,
-            old,
-            A,
-            counts,
-            temperature,
-            response=args.spread(
-                torch.arange(len(responses.lengths), device=ids.device), responses
-            ),
-            num_responses=len(responses.lengths),
-            ref_logprobs=ref,
-            importance_weights=importance,
-            topk_ids=k_ids,
-            topk_logprobs=k_logprobs,
-            old_logits=None if old_logits is None else old_logits.reshape(flat.shape),
-        )
-        loss = torch.dot(weights.to(rows.token_loss.dtype), rows.token_loss)
-        out = (rows.token_loss.detach(), *rows[1:])
-    elif objective.ratio_level == "sequence":
-        logprobs, entropy = _selected_rows(
-            logits, ids, counts, temperature, with_entropy, inplace, backend
-        )
-        moved = torch.where(counts, logprobs.detach() - old, 0.0)
-        log_ratio = args.spread(args.response_sums(moved, responses) / responses.lengths, responses)
-        decision = decide(
-            objective,
-            logprobs,
-            torch.where(counts, old, 0.0),
-            torch.where(counts, A, 0.0),
-            entropy=entropy,
-            ref_logprobs=None if ref is None else torch.where(counts, ref, 0.0),
-            importance_weights=importance,
-            log_ratio=torch.where(counts, log_ratio, 0.0),
-        )
-        token_loss = torch.where(counts, decision.loss, 0.0)
-        loss = torch.dot(weights, token_loss)
-        out = (
-            token_loss.detach(),
-            logprobs.detach(),
-            None if entropy is None else entropy.detach(),
-            decision.ratio,
-            decision.clipped,
-        )
-    else:
-        rest = (
-            *(ids, old, A, weights, ref, importance, k_ids, k_logprobs, old_logits),
-            *kernel_arguments(objective),
-            *(temperature, with_entropy, skip_zero_advantage),
-        )
-        if torch.is_grad_enabled() and logits.requires_grad:
-            loss, *out = _Fused.apply(logits, inplace, backend, *rest)
-        else:
-            *out, _ = ops.fused(logits, *rest, False, backend)
-            loss = torch.dot(weights, out[0])
-
-    token_loss, logprobs, entropy, ratio, clipped = out
-    shape = target_ids.shape
-    means = args.response_sums(token_loss, responses) / responses.lengths.clamp(min=1)
-    return PolicyLoss(
-        loss,
-        token_loss.view(shape),
-        logprobs.view(shape),
-        entropy.view(shape) if entropy is not None and with_entropy else None,
-        ratio.view(shape),
-        clipped.view(shape),
-        means,
-        responses.counts.view(shape),
+    batch = arguments.policy_batch(
+        logits,
+        target_ids,
+        old_logprobs,
+        advantages,
+        mask=mask,
+        lengths=lengths,
+        objective=dcpo() if objective is None else objective,
+        temperature=temperature,
+        ref_logprobs=ref_logprobs,
+        importance_weights=importance_weights,
+        topk_ids=topk_ids,
+        topk_logprobs=topk_logprobs,
+        old_logits=old_logits,
+        num_responses=num_responses,
+        num_tokens=num_tokens,
+        max_length=max_length,
+        loss_scale=loss_scale,
+        skip_zero_advantage=skip_zero_advantage,
+        with_entropy=with_entropy,
+        inplace=inplace,
+        backend=backend,
     )
+    two_passes = batch.objective.ratio_level == "sequence"
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return PolicyLoss(*(_TwoPasses if two_passes else _OnePass).apply(logits, batch))
+    with torch.no_grad():
+        if two_passes:
+            return _two_passes(logits, batch)[0]
+        return _one_pass(logits, batch, with_gradient=False)[0]
+
+
+# ---- selected_logprobs --------------------------------------------------------------------------
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, options, inplace, backend):
+        stats = RowStats(*ops.row_stats(logits, *targets, *options, backend))
+        _without_zeros(ctx)
+        ctx.save_for_backward(logits, *targets, *stats)
+        ctx.temperature, ctx.inplace, ctx.backend = options.temperature, inplace, backend
+        return stats.logprobs, stats.entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        _first_derivatives_only("selected_logprobs")
+        if ctx.inplace:
+            _backward_once(ctx, "selected_logprobs")
+        logits, target_ids, mask, temperatures, _, entropy, row_max, log_sum = ctx.saved_tensors
+
+        def of_rows_read(grad: Tensor) -> Tensor:
+            grad = grad if mask is None else torch.where(mask != 0, grad, 0.0)
+            return grad.contiguous()
+
+        with_entropy = grad_entropy is not None and entropy.numel() > 0
+        coefficients = RowCoefficients(
+            target_ids,
+            temperatures,
+            row_max,
+            log_sum,
+            entropy if with_entropy else None,
+            torch.zeros_like(row_max) if grad_logprobs is None else of_rows_read(grad_logprobs),
+            of_rows_read(grad_entropy) if with_entropy else None,
+        )
+        return _write(ctx, coefficients, logits, None), None, None, None, None
+
+
+def selected_logprobs(
+    logits: Tensor,
+    target_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    with_entropy: bool = False,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of chosen tokens under softmax(logits / temperature), and the entropy, both
+    differentiable.
+
+    logits: [N, V] or [B, T, V], bf16, fp16 or fp32; rows may be strided. target_ids: [N] or [B, T],
+        int64 or int32; logits[t] predicts target_ids[t].
+    mask: like target_ids; where it is 0 the row is not read, its results are 0, and it may hold any
+        id.
+    temperature: > 0, applied in float32; a number, or a tensor with one per token.
+    with_entropy: also return the entropy in nats.
+    inplace: backward overwrites the logits with their gradient; a second reader of the logits then
+        fails.
+    backend: "auto", or one of `dcpo info`.
+
+    Returns (logprobs, entropy or None), float32, of the shape of target_ids.
+
+    Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
+    for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
+    """
+    targets, options, backend = arguments.targets_of(
+        logits, target_ids, mask, temperature, with_entropy, inplace, backend
+    )
+    if torch.is_grad_enabled() and logits.requires_grad:
+        logprobs, entropy = _SelectedLogprobs.apply(logits, targets, options, inplace, backend)
+    else:
+        with torch.no_grad():
+            logprobs, entropy, _, _ = ops.row_stats(logits, *targets, *options, backend)
+    return logprobs, entropy if with_entropy else None

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
-
-from dcpo_kernels.objectives import CLIP_CAP, CLIP_HIGH, CLIP_LOW, CLIP_NONE, CLIP_REGION
 
 if TYPE_CHECKING:
     from dcpo_kernels.losses import PolicyLoss
 
 
-def _share(hit: Tensor, mask: Tensor) -> Tensor:
-    return (hit & mask).sum() / mask.sum().clamp(min=1)
+class Summary(NamedTuple):
+    """Numbers of a whole call, in the order in which the operator `finish` stores them. Sums, minima and maxima
+    are over the rows that were read."""
+
+    loss: float
+    tokens: float  # that count
+    tokens_read: float
+    logprob_sum: float
+    entropy_sum: float
+    ratio_sum: float
+    ratio_min: float  # 1 where no row was read, as ratio_max
+    ratio_max: float
+    kl_sum: float  # of (r - 1) - log r
+    clip_high: float  # tokens by the side that clipped them
+    clip_low: float
+    clip_cap: float
+    clip_region: float
 
 
 def token_clipping_ratio(out: PolicyLoss | Iterable[PolicyLoss]) -> Tensor:
@@ -28,7 +41,9 @@ def token_clipping_ratio(out: PolicyLoss | Iterable[PolicyLoss]) -> Tensor:
     outs = cast("list[PolicyLoss]", [out] if hasattr(out, "clipped") else list(out))
     if not outs:
         raise ValueError("token_clipping_ratio needs at least one micro-batch")
-    return torch.stack([_share(o.clipped != CLIP_NONE, o.mask) for o in outs]).mean()
+    numbers = Summary(*torch.stack([o.summary for o in outs], -1).to(torch.float32))
+    clipped = numbers.clip_high + numbers.clip_low + numbers.clip_cap + numbers.clip_region
+    return (clipped / numbers.tokens.clamp(min=1)).mean()
 
 
 def response_utilization_ratio(advantages: Tensor) -> Tensor:
@@ -36,7 +51,7 @@ def response_utilization_ratio(advantages: Tensor) -> Tensor:
     Scalar float32."""
     if advantages.dim() != 1 or len(advantages) == 0:
         raise ValueError(
-            f"advantages must be [R], one a response, at least one; got shape "
+            f"advantages must be [R], one per response, at least one; got shape "
             f"{list(advantages.shape)}"
         )
     return (advantages != 0).float().mean()
@@ -45,35 +60,32 @@ def response_utilization_ratio(advantages: Tensor) -> Tensor:
 def summarize(out: PolicyLoss) -> dict[str, float]:
     """The usual numbers of one loss as floats; waits for the GPU once.
 
-    ratio_*: over tokens that count. approx_kl: mean of (r - 1) - log r, an estimate of KL(old ||
-    new) (Schulman's k3). clip_*: share of tokens by the side that clipped them;
-    token_clipping_ratio is their sum.
+    tokens: that count; tokens_read: of these, the ones whose logits were read, fewer with
+    skip_zero_advantage. *_mean, ratio_min, ratio_max, approx_kl: over tokens that were read.
+    approx_kl: mean of (r - 1) - log r, an estimate of KL(old || new) (Schulman's k3). clip_*: share
+    of the tokens that count by the side that clipped them; token_clipping_ratio is their sum.
     """
-    mask = out.mask
-    tokens = mask.sum()
-    n = tokens.clamp(min=1)
-    ratio = torch.where(mask, out.ratio, 1.0)
-    if ratio.numel():
-        lowest = torch.where(mask, out.ratio, torch.inf).amin()
-        highest = torch.where(mask, out.ratio, -torch.inf).amax()
-    else:
-        lowest = highest = ratio.new_ones(())
+    n = Summary(*out.summary.tolist())
+    read, tokens = max(n.tokens_read, 1), max(n.tokens, 1)
+    sides = {
+        "clip_high": n.clip_high / tokens,
+        "clip_low": n.clip_low / tokens,
+        "clip_cap": n.clip_cap / tokens,
+        "clip_region": n.clip_region / tokens,
+    }
     numbers = {
-        "loss": out.loss.detach(),
-        "tokens": tokens,
-        "responses": torch.tensor(len(out.response_loss), device=mask.device),
-        "logprob_mean": torch.where(mask, out.logprobs, 0.0).sum() / n,
-        "ratio_mean": torch.where(mask, ratio, 0.0).sum() / n,
-        "ratio_min": lowest.where(tokens > 0, 1.0),
-        "ratio_max": highest.where(tokens > 0, 1.0),
-        "approx_kl": (ratio - 1 - ratio.log()).sum() / n,
-        "token_clipping_ratio": _share(out.clipped != CLIP_NONE, mask),
-        "clip_high": _share(out.clipped == CLIP_HIGH, mask),
-        "clip_low": _share(out.clipped == CLIP_LOW, mask),
-        "clip_cap": _share(out.clipped == CLIP_CAP, mask),
-        "clip_region": _share(out.clipped == CLIP_REGION, mask),
+        "loss": n.loss,
+        "tokens": n.tokens,
+        "tokens_read": n.tokens_read,
+        "responses": float(len(out.response_loss)),
+        "logprob_mean": n.logprob_sum / read,
+        "ratio_mean": n.ratio_sum / read,
+        "ratio_min": n.ratio_min,
+        "ratio_max": n.ratio_max,
+        "approx_kl": n.kl_sum / read,
+        "token_clipping_ratio": sum(sides.values()),
+        **sides,
     }
     if out.entropy is not None:
-        numbers["entropy_mean"] = torch.where(mask, out.entropy, 0.0).sum() / n
-    values = torch.stack([value.to(torch.float64) for value in numbers.values()]).tolist()
-    return dict(zip(numbers, values, strict=True))
+        numbers["entropy_mean"] = n.entropy_sum / read
+    return numbers

@@ -6,7 +6,8 @@ import matplotlib
 import torch
 
 import dcpo_kernels as dk
-from dcpo_kernels.objectives import Objective, clip_bounds
+from dcpo_kernels.decide import clip_bounds
+from dcpo_kernels.objective import Objective
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -7,13 +7,14 @@ and optional terms are constexpr, every number is an argument: an annealed epsil
 import triton
 import triton.language as tl
 
-from dcpo_kernels import objectives
+from dcpo_kernels import objective as objectives
 
 CLIP = tl.constexpr(objectives.SURROGATES.index("clip"))
 DYNAMIC_CLIP = tl.constexpr(objectives.SURROGATES.index("dynamic-clip"))
 INVERSE_SQRT_CLIP = tl.constexpr(objectives.SURROGATES.index("inverse-sqrt-clip"))
 REINFORCE = tl.constexpr(objectives.SURROGATES.index("reinforce"))
 SOFT_GATE = tl.constexpr(objectives.SURROGATES.index("soft-gate"))
+RATIO_MASK = tl.constexpr(objectives.SURROGATES.index("ratio-mask"))
 NO_DIVERGENCE = tl.constexpr(objectives.DIVERGENCES.index("none"))
 BINARY_TV = tl.constexpr(objectives.DIVERGENCES.index("binary_tv"))
 BINARY_KL = tl.constexpr(objectives.DIVERGENCES.index("binary_kl"))
@@ -154,12 +155,14 @@ def decide(
     WITH_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     WITH_PENALTY: tl.constexpr,
+    log_ratio=None,  # of the whole response, in the place of the token's own
 ):
     """loss, g = dloss/dlogprob, h = dloss/dentropy, ratio, clipped, and dloss/ddivergence of a
     penalty on a top-K or full divergence; a binary one's is in g. A NaN among the log-probs makes
     all of loss, g and ratio NaN: every comparison below is false for it."""
     A = advantage
-    log_ratio = logprob - old_logprob
+    if log_ratio is None:
+        log_ratio = logprob - old_logprob
     r = tl.exp(hold(log_ratio))
     held = tl.abs(log_ratio) > MAX_LOG_RATIO  # there the ratio is a constant
     clipped = CLIP_NONE
@@ -186,15 +189,19 @@ def decide(
         # not a product: a weight of 0 on a log-probability of -inf is a loss of 0
         loss = tl.where(held | (g == 0), 0.0, g * logprob)
     else:
-        # max(-A r, -A clip(r, low, high)), for A < 0 at most -A cap (DCPO eq. 5; arXiv 1912.09729
-        # eq. 5). Written from the weakest rule to the strongest.
         low, high = clip_bounds(old_logprob, eps_low, eps_high, ratio_max, SURROGATE)
-        clipped = tl.where((A < 0) & (r > ratio_cap), CLIP_CAP, CLIP_NONE)
-        clipped = tl.where((A < 0) & (r < low), CLIP_LOW, clipped)
-        clipped = tl.where((A > 0) & (r > high), CLIP_HIGH, clipped)
-        value = tl.where(clipped == CLIP_CAP, ratio_cap, r)
-        value = tl.where(clipped == CLIP_LOW, low, value)
-        value = tl.where(clipped == CLIP_HIGH, high, value)
+        if SURROGATE == RATIO_MASK:  # IcePop's
+            clipped = tl.where((r < low) | (r > high), CLIP_REGION, CLIP_NONE)
+            value = tl.where(clipped == CLIP_REGION, 0.0, r)
+        else:
+            # max(-A r, -A clip(r, low, high)), for A < 0 at most -A cap (DCPO eq. 5; arXiv
+            # 1912.09729 eq. 5). Written from the weakest rule to the strongest.
+            clipped = tl.where((A < 0) & (r > ratio_cap), CLIP_CAP, CLIP_NONE)
+            clipped = tl.where((A < 0) & (r < low), CLIP_LOW, clipped)
+            clipped = tl.where((A > 0) & (r > high), CLIP_HIGH, clipped)
+            value = tl.where(clipped == CLIP_CAP, ratio_cap, r)
+            value = tl.where(clipped == CLIP_LOW, low, value)
+            value = tl.where(clipped == CLIP_HIGH, high, value)
         loss = -A * value
         g = tl.where(clipped == CLIP_NONE, -A * r, 0.0)
     g = tl.where(held, 0.0, g)

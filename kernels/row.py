@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch.torch_version import TorchVersion
 
-from dcpo_kernels import objectives
+from dcpo_kernels import objective as objectives
 from dcpo_kernels.kernels.objective import (
     FULL_KL,
     FULL_TV,

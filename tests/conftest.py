@@ -18,7 +18,7 @@ if not torch.cuda.is_available():  # then Triton's kernels run in its interprete
 
 import dcpo_kernels as dk
 from dcpo_kernels import backends
-from dcpo_kernels.backends import native
+from dcpo_kernels.backends import _compiled
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -44,14 +44,13 @@ def preset(name: str, params: dict[str, Any], **parts: Any) -> dk.Objective:
             p["divergence"],
             (p["limit_low"], p["limit_high"]),
             p["ratio_cap"],
-            p.get("k", 20),
             **parts,
         )
     return getattr(dk, name)(**p, **parts)
 
 
 # Everything a test of a backend runs on: CPU instruction sets are forced one by one.
-CPU_ISAS = [] if native.unavailable() else native._C.cpu_isas()
+CPU_ISAS = [] if _compiled.missing else _compiled.C.cpu_isas()
 KERNELS = [f"cpu-{isa}" for isa in CPU_ISAS]
 INTERPRETED = [] if backends.unavailable("triton", "cpu") else ["triton"]
 
@@ -64,10 +63,10 @@ def use_backend(request):
     if not name.startswith("cpu-"):
         yield name
         return
-    before = native._C.cpu_isa()
-    native._C.cpu_use_isa(name.removeprefix("cpu-"))
+    before = _compiled.C.cpu_isa()
+    _compiled.C.cpu_use_isa(name.removeprefix("cpu-"))
     yield "cpu"
-    native._C.cpu_use_isa(before)
+    _compiled.C.cpu_use_isa(before)
 
 
 def on_backends(*names: str):

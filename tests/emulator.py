@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-KERNELS = ("cuda/streaming.cu", "cuda/fused_cluster.cu", "cuda/scale.cu")
+KERNELS = ("cuda/streaming.cu", "cuda/fused_cluster.cu", "cuda/scale.cu", "cuda/responses.cu")
 COMMON = (*KERNELS, "emu/cuda.cpp", "emu/hopper.cpp")
 STRESS = (*COMMON, "emu/stress.cpp", "cpu/rows_portable.cpp")
 MODULE = (*COMMON, "emu/module.cpp", "cuda/bind.cpp")

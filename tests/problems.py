@@ -80,7 +80,9 @@ class Problem:
         if arguments.get("old_logits") is not None:
             arguments["old_logits"] = arguments["old_logits"].to(dtype)
         leaf = self.base.detach().to(dtype, copy=True).requires_grad_()
-        out = dk.policy_loss(self.view(leaf), **arguments)
+        # in place wants logits that are no leaf, nor a view of one
+        logits = self.view(leaf.clone() if arguments.get("inplace") else leaf)
+        out = dk.policy_loss(logits, **arguments)
         loss = out.loss if upstream is None else upstream(out.loss)
         (gradient,) = torch.autograd.grad(loss, leaf)
         return out, self.view(gradient)
@@ -94,7 +96,7 @@ def lay_out(rows: Tensor, layout: str, mask: Tensor | None) -> tuple[Tensor, Cal
     counts."""
     vocab = rows.shape[1]
     if layout == "packed":
-        return rows, lambda x: x.view_as(x)  # in place wants logits that are no leaf
+        return rows, lambda x: x
     if layout == "row-stride":  # odd strides: rows begin off every boundary
         base = torch.full((len(rows), vocab + 3), torch.nan, dtype=rows.dtype)
         base[:, :vocab] = rows
@@ -201,7 +203,8 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
         not_p = -torch.expm1(expected.logprobs)  # a penalty pulls with up to 1 + p / (1 - p)
         g = g + objective.penalty_coef * (1 + 1 / not_p.clamp(min=1e-3))
     entropy = torch.zeros(()) if expected.entropy is None else expected.entropy
-    return weight * (g + abs(objective.entropy_coef) * (1 + entropy)) / arguments["temperature"]
+    temperature = arguments["temperature"]
+    return weight * (g + abs(objective.entropy_coef) * (1 + entropy)) / temperature
 
 
 def assert_matches(

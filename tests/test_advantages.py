@@ -3,8 +3,10 @@ forgets, merges and refuses."""
 
 from __future__ import annotations
 
+import enum
 import math
 import statistics
+import uuid
 
 import numpy as np
 import pytest
@@ -145,7 +147,10 @@ def test_equal_rewards_beside_others():
 # ---- rewards and ids ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool],
+)
 def test_results_are_float32_whatever_the_rewards_are(dtype):
     for function in (dk.SmoothAdvantage(), dk.group_advantage):
         out = function(torch.tensor([1, 0, 1, 0], dtype=dtype), [7, 7, 8, 8])
@@ -155,28 +160,78 @@ def test_results_are_float32_whatever_the_rewards_are(dtype):
     assert not dk.SmoothAdvantage()(reward, [1, 1]).requires_grad
 
 
-@pytest.mark.parametrize(
-    "ids",
-    [
-        ["a", "a", "b"],
-        (1, 1, 2),
-        [("x", 1), ("x", 1), ("y", 2)],
-        torch.tensor([5, 5, 6]),
-        np.array([5, 5, 6]),
-        np.array(["a", "a", "b"]),
-    ],
-    ids=lambda ids: f"{type(ids).__name__} of {type(ids[0]).__name__}",
-)
+IDS = {
+    "strings": ["a", "a", "b"],
+    "a tuple of numbers": (1, 1, 2),
+    "numbers of any size": [2**100, 2**100, -(2**63)],
+    "floats": [0.5, 0.5, 1.5],
+    "bools and None": [True, True, None],
+    "bytes": [b"\xff", b"\xff", b"a"],
+    "tuples": [("x", (1, None)), ("x", (1, None)), ()],
+    "a tensor": torch.tensor([5, 5, 6]),
+    "a tensor of floats": torch.tensor([5.0, 5, 6]),
+    "an array": np.array([5, 5, 6]),
+    "an array of strings": np.array(["a", "a", "b"]),
+    "an array of objects": np.array(["a", "a", 1], dtype=object),
+    "tensors": [torch.tensor(5), torch.tensor(5), torch.tensor(6)],
+    "tensors [1]": list(torch.tensor([[5], [5], [6]])),
+    "scalars of numpy": list(np.array([5, 5, 6], dtype=np.uint16)),
+    "strings of numpy": list(np.array(["a", "a", "b"])),
+    "a tensor's elements in tuples": [("x", i) for i in torch.tensor([5, 5, 6])],
+    "numpy's scalars in tuples": [(i, "x") for i in np.array([5, 5, 6])],
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
 def test_any_ids(ids, tmp_path):
+    """What the first call accepts, torch.load reads back; a tensor is the id that it holds."""
     rewards = torch.tensor([1.0, 0.0, 1.0])
     assert dk.group_advantage(rewards, ids).tolist() == [1, -1, 0]
     sas = dk.SmoothAdvantage()
     assert sas(rewards, ids).tolist() == [1, -1, 0] and len(sas) == 2
+    assert sas.statistics(ids[0]) == (1, 2, 0.5, 0.5)
     torch.save(sas.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     again = dk.SmoothAdvantage()
     again.load_state_dict(state)
-    assert torch.equal(again(rewards, ids), sas(rewards, ids))
+    assert_same_state(again.state_dict(), sas.state_dict())
+    assert torch.equal(again(rewards, ids), sas(rewards, ids)) and len(sas) == 2
+
+
+class Split(enum.IntEnum):
+    TRAIN = 1
+
+
+UNSAVED = [uuid.uuid4(), frozenset("ab"), Split.TRAIN, b"", np.datetime64("2026-01-01"), 1j]
+
+
+@pytest.mark.parametrize("unsaved", UNSAVED, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("part", [False, True])
+def test_ids_that_no_state_could_hold_are_refused_at_once(unsaved, part):
+    ids = [("a", unsaved) if part else unsaved] * 2
+    sas = dk.SmoothAdvantage()
+    with pytest.raises(TypeError, match="which no saved state can hold"):
+        sas([0.0, 1.0, 0.0, 1.0], ["a", "a", *ids])
+    assert len(sas) == 0
+    assert dk.group_advantage([0.0, 1.0], ids).tolist() == [-1, 1]
+
+
+def test_ids_that_name_nothing():
+    for function in (dk.SmoothAdvantage(), dk.group_advantage):
+        for nan in (NAN, torch.tensor(NAN), np.float32(NAN), ("a", NAN)):
+            with pytest.raises(ValueError, match="an id is NaN"):
+                function([0.0, 1.0], ["a", nan])
+        with pytest.raises(ValueError, match="an id is NaN"):
+            function([0.0, 1.0], torch.tensor([1.0, NAN]))
+        with pytest.raises(TypeError, match=r"one value, got shape \[2\]"):
+            function([0.0, 1.0], list(torch.zeros(2, 2)))
+
+
+def test_equal_ids_are_one_prompt():
+    """As everywhere in Python."""
+    sas = dk.SmoothAdvantage()
+    assert sas([0.0, 1.0, 0.0], [1, 1.0, "1"]).tolist() == [-1, 1, 0]
+    assert sas.statistics(np.int64(1)).count == 2 and sas.statistics("1").count == 1
 
 
 @pytest.mark.parametrize("broken", [NAN, INF, -INF])
@@ -190,6 +245,23 @@ def test_a_broken_reward_is_refused_and_nothing_counted(broken, ddof):
     assert_same_state(sas.state_dict(), before)
     with pytest.raises(ValueError, match=rf"rewards\[0\] is {broken}, of group_id 3"):
         dk.group_advantage([broken], [3])
+
+
+@pytest.mark.parametrize("before", [[0.0, 1.0], [1e300] * 2])
+def test_a_spread_too_large_for_a_double_is_refused(before):
+    """A state would hold it as infinite, and be refused."""
+    sas = dk.SmoothAdvantage()
+    sas(before, ["a", "a"])
+    kept = sas.state_dict()
+    for rewards in ([1e300, -1e300], [0.0, 1e300]):
+        with pytest.raises(ValueError, match="'a' are too large"):
+            sas([0.0, 1.0, *rewards], ["new", "new", "a", "a"])
+        with pytest.raises(ValueError, match="'a' are too large"):
+            dk.group_advantage(rewards, ["a", "a"])
+    if before[0]:
+        with pytest.raises(ValueError, match="'a' are too large"):
+            sas([0.0, 0.0], ["a", "a"])  # equal ones, far from those before
+    assert_same_state(sas.state_dict(), kept)
 
 
 def assert_same_state(one, two):
@@ -213,11 +285,15 @@ def test_other_mistakes():
         assert_same_state(sas.state_dict(), before)
     with pytest.raises(KeyError):
         sas.statistics("never")
-    for wrong in (2, -1, 0.5):
-        with pytest.raises(ValueError, match=f"ddof={wrong} must be 0 or 1"):
+    for wrong in (2, -1, 0.5, 5, "1"):
+        with pytest.raises(ValueError, match=f"ddof={wrong!r} must be 0 or 1"):
             dk.SmoothAdvantage(wrong)
-    with pytest.raises(ValueError, match="max_prompts=0"):
-        dk.SmoothAdvantage(max_prompts=0)
+        with pytest.raises(ValueError, match=f"ddof={wrong!r} must be 0 or 1"):
+            dk.group_advantage([1.0, 0.0], ["a", "a"], ddof=wrong)
+    for wrong in (0, -1, 1.5, 2.0, INF, "2"):
+        with pytest.raises(ValueError, match=f"max_prompts={wrong!r} must be a whole number"):
+            dk.SmoothAdvantage(max_prompts=wrong)
+    assert type(dk.SmoothAdvantage(np.int64(1), np.int64(3)).state_dict()["ddof"]) is int
 
 
 def test_nothing_at_all():
@@ -253,14 +329,23 @@ REFUSED = {
     "nothing": ({}, "lacks ddof, prompt_ids, "),
     "no mean": ({k: v for k, v in STATE.items() if k != "mean"}, "lacks mean"),
     "another ddof": (STATE | {"ddof": 1}, "ddof=1, this object has ddof=0"),
-    "too few visits": (STATE | {"visits": STATE["visits"][:2]}, "one entry a prompt"),
-    "a prompt too many": (STATE | {"prompt_ids": [*"abcd"]}, "one entry a prompt"),
-    "a prompt twice": (STATE | {"prompt_ids": [*"aab"]}, "one entry a prompt"),
-    "text for numbers": (STATE | {"mean": [*"xyz"]}, ""),
+    "too few visits": (STATE | {"visits": STATE["visits"][:2]}, "one entry per prompt"),
+    "a prompt too many": (STATE | {"prompt_ids": [*"abcd"]}, "one entry per prompt"),
+    "a prompt twice": (STATE | {"prompt_ids": [*"aab"]}, "one entry per prompt"),
+    "text for numbers": (STATE | {"mean": [*"xyz"]}, "mean of the state holds no numbers"),
+    "nothing for numbers": (STATE | {"count": None}, "count of the state holds no numbers"),
     "columns of another shape": (STATE | {"mean": torch.zeros(3, 2)}, "mean"),
+    "one number for all": (STATE | {"variance": 1.0}, "variance"),
     "NaN": (STATE | {"mean": torch.tensor([0.0, NAN, 0.0])}, "'b'"),
     "a negative spread": (STATE | {"variance": torch.tensor([0.1, 0.1, -0.1])}, "'c'"),
     "no visit": (STATE | {"visits": torch.tensor([0, 1, 1])}, "'a'"),
+    "half a visit": (STATE | {"visits": torch.tensor([1.5, 1, 1])}, "'a'"),
+    "a negative count": (STATE | {"count": torch.tensor([2, -2, 2])}, "'b'"),
+    "half a response": (STATE | {"count": torch.tensor([2.5, 2, 2])}, "'a'"),
+    "fewer responses than visits": (STATE | {"visits": torch.tensor([2, 1, 9])}, "'c'"),
+    "an infinite spread": (STATE | {"variance": torch.tensor([0.1, 0.1, INF])}, "'c'"),
+    "equal ids": (STATE | {"prompt_ids": [1, True, "c"]}, "one entry per prompt"),
+    "NaN as an id": (STATE | {"prompt_ids": [NAN, "b", "c"]}, "an id is NaN"),
     "no response": (STATE | {"count": torch.tensor([2, 2, 0])}, "'c'"),
 }
 
@@ -273,6 +358,60 @@ def test_refused_states_change_nothing(state, words):
     with pytest.raises(ValueError, match=words):
         sas.load_state_dict(state)
     assert_same_state(sas.state_dict(), before)
+
+
+def test_a_state_of_lists_and_of_old_ids():
+    """Whatever a state went through: JSON, or a version that kept the ids as they came."""
+    sas = visited()
+    state = {k: x.tolist() if torch.is_tensor(x) else x for k, x in sas.state_dict().items()}
+    again = dk.SmoothAdvantage()
+    again.load_state_dict(state | {"prompt_ids": [np.str_(x) for x in state["prompt_ids"]]})
+    assert_same_state(again.state_dict(), sas.state_dict())
+    assert {type(x) for x in again.state_dict()["prompt_ids"]} == {str}
+
+
+# ---- where it runs ------------------------------------------------------------------------------
+
+
+def steps(sas):
+    """What makes a tensor: new prompts, a growing table, a state, a merge, forgetting."""
+    out = [sas(torch.tensor([0.0, 1.0] * n, device="cpu"), [*range(n)] * 2) for n in (2, 3, 9)]
+    other = dk.SmoothAdvantage()
+    other.load_state_dict(STATE)
+    sas.merge(other.state_dict())
+    again = dk.SmoothAdvantage(max_prompts=3)
+    again.load_state_dict(sas.state_dict())
+    out.append(again(torch.tensor([0.0, 1.0], device="cpu"), torch.tensor([1, 1], device="cpu")))
+    out.append(dk.group_advantage(torch.tensor([0.0, 1.0], device="cpu"), ["a", "a"]))
+    return out
+
+
+def test_another_default_device():
+    expected = steps(dk.SmoothAdvantage())
+    with torch.device("meta"):  # as torch.set_default_device, which would stay
+        sas = dk.SmoothAdvantage()
+        found = steps(sas)
+        assert sas([0.0, 1.0], [1, 1]).device.type == "meta"
+        assert dk.group_advantage([0.0, 1.0], [1, 1]).device.type == "meta"
+        statistics_of_1 = sas.statistics(1)
+    assert statistics_of_1.visits == 4
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.type == "cpu" and torch.equal(a, b)
+
+
+def test_inference_mode_comes_and_goes():
+    """A table made in inference mode could not be written outside of it."""
+    expected = steps(dk.SmoothAdvantage())
+    sas = dk.SmoothAdvantage()
+    with torch.inference_mode():
+        sas(torch.tensor([0.0, 1.0]), ["a", "a"])
+        loaded = dk.SmoothAdvantage()
+        loaded.load_state_dict(sas.state_dict())
+        for a, b in zip(steps(dk.SmoothAdvantage()), expected, strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(
+        sas(torch.tensor([1.0, 1.0]), ["a", "a"]), loaded(torch.tensor([1.0, 1.0]), ["a", "a"])
+    )
 
 
 # ---- bounded memory, several ranks --------------------------------------------------------------

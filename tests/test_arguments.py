@@ -12,7 +12,7 @@ from conftest import KERNELS, needs_kernels, on_backends, on_kernels
 
 import dcpo_kernels as dk
 from dcpo_kernels import backends
-from dcpo_kernels.objectives import MAX_K
+from dcpo_kernels.objective import MAX_K
 
 N, V, B, T = 6, 11, 2, 3
 PACKED = {
@@ -74,6 +74,24 @@ MISTAKES = {
     "temperature 0 in float32": (PACKED, {"temperature": 1e-50}, ValueError, "temperature 1e-50"),
     "temperature text": (PACKED, {"temperature": "1"}, TypeError, "temperature '1'"),
     "temperature None": (PACKED, {"temperature": None}, TypeError, "temperature None"),
+    "temperature shape": (
+        PACKED,
+        {"temperature": torch.ones(5)},
+        ValueError,
+        "temperature [6] [2] [5]",
+    ),
+    "temperature integers": (
+        PACKED,
+        {"temperature": torch.ones(N).long()},
+        TypeError,
+        "temperature float32 int64",
+    ),
+    "temperature 0 for a token": (
+        PADDED,
+        {"temperature": torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])},
+        ValueError,
+        "temperature[1, 1] 0.0 > 0",
+    ),
     "no backend": (PACKED, {"backend": "gpu"}, ValueError, "backend 'gpu' auto reference cpu"),
     "objective a function": (
         PACKED,
@@ -103,7 +121,15 @@ MISTAKES = {
     "mask device": (PADDED, {"mask": torch.ones(B, T, device="meta")}, ValueError, "mask meta cpu"),
     "lengths too short": (PACKED, {"lengths": [4, 1]}, ValueError, "lengths 5 6"),
     "lengths too long": (PACKED, {"lengths": torch.tensor([4, 3])}, ValueError, "lengths 7 6"),
-    "lengths < 0": (PACKED, {"lengths": [8, -2]}, ValueError, "lengths[1] -2"),
+    "lengths < 0": (PACKED, {"lengths": [6, -2, 2]}, ValueError, "lengths[1] -2 0"),
+    "lengths > rows": (PACKED, {"lengths": [1, 7, -2]}, ValueError, "lengths[1] 7 6"),
+    "lengths whose sum wraps": (
+        PACKED,
+        {"lengths": torch.tensor([2**62, 2**62, 2**62, 2**62, 6])},
+        ValueError,
+        "lengths[0] 4611686018427387904 6",
+    ),
+    "lengths too large for a tensor": (PACKED, {"lengths": [2**70]}, TypeError, "lengths integers"),
     "lengths floats": (
         PACKED,
         {"lengths": [4.0, 2.0]},
@@ -153,7 +179,7 @@ MISTAKES = {
         TypeError,
         "old_logprobs float32 int64",
     ),
-    "old None": (PACKED, {"old_logprobs": None}, TypeError, "old_logprobs tensor NoneType"),
+    "old a list": (PACKED, {"old_logprobs": [0.0] * N}, TypeError, "old_logprobs tensor list"),
     "advantages shape": (
         PACKED,
         {"advantages": torch.zeros(5)},
@@ -265,10 +291,27 @@ MISTAKES = {
     ),
     "old_logits dtype": (
         PACKED,
-        FULL | {"old_logits": torch.zeros(N, V).bfloat16()},
+        FULL | {"old_logits": torch.zeros(N, V).long()},
         TypeError,
-        "old_logits float32 bfloat16",
+        "old_logits bfloat16 float16 float32 int64",
     ),
+    "old_logits device": (
+        PACKED,
+        FULL | {"old_logits": torch.zeros(N, V, device="meta")},
+        (ValueError, RuntimeError),
+        "meta",
+    ),
+    # totals of the whole batch
+    "no responses": (PACKED, {"num_responses": 0}, ValueError, "num_responses 0 > 0"),
+    "tokens < 0": (PACKED, {"num_tokens": -3}, ValueError, "num_tokens -3 > 0"),
+    "tokens NaN": (PACKED, {"num_tokens": float("nan")}, ValueError, "num_tokens nan > 0"),
+    "tokens text": (PACKED, {"num_tokens": "6"}, TypeError, "num_tokens number '6'"),
+    "tokens [R]": (PACKED, {"num_tokens": torch.ones(2)}, ValueError, "num_tokens one [2]"),
+    # the scale of the loss
+    "loss_scale 0": (PACKED, {"loss_scale": 0.0}, ValueError, "loss_scale 0.0 > 0"),
+    "loss_scale inf": (PACKED, {"loss_scale": float("inf")}, ValueError, "loss_scale inf finite"),
+    "loss_scale text": (PACKED, {"loss_scale": "1"}, TypeError, "loss_scale number '1'"),
+    "loss_scale [R]": (PACKED, {"loss_scale": torch.ones(2)}, ValueError, "loss_scale one [2]"),
     "old_logits strides": (
         PACKED,
         FULL | {"old_logits": torch.zeros(V, N).T},
@@ -376,6 +419,9 @@ def test_logits_that_cannot_be_overwritten(call, use_backend):
     copy = leaf.detach().clone()
     with pytest.raises(ValueError, match="inplace=True would overwrite logits that are a leaf"):
         run(leaf)
+    for view in (leaf.view_as(leaf), leaf[:, :], leaf.T.T):  # torch refuses to write to these too
+        with pytest.raises(ValueError, match="a leaf of the graph, or a view of one"):
+            run(view)
     one_row = torch.randn(1, V, requires_grad=True)
     with pytest.raises(ValueError, match=r"inplace=True needs .* strides \[0, 1\]"):
         run((one_row * 1).expand(N, V))
@@ -386,6 +432,46 @@ def test_logits_that_cannot_be_overwritten(call, use_backend):
     with torch.no_grad():
         run(leaf)  # nothing is overwritten where no gradient is recorded
     assert torch.equal(leaf.detach(), copy)
+
+
+@on_kernels(*KERNELS[:1])
+def test_compiled_code_looks_at_the_places_too(use_backend):
+    def run(row):
+        logits = (row * 1).expand(N, V)
+        return dk.policy_loss(
+            **PACKED | {"logits": logits}, inplace=True, backend=use_backend
+        ).loss
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    row = torch.randn(1, V, requires_grad=True)
+    with pytest.raises(ValueError, match=r"inplace=True needs .* strides"):
+        compiled(row)
+
+
+# ---- totals -------------------------------------------------------------------------------------
+
+
+@on_backends()
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    "name, value, base",
+    [
+        ("num_responses", 1, PACKED), ("num_tokens", 5, PACKED), ("max_length", 3, PACKED),
+        ("num_responses", 1, PADDED), ("num_tokens", 5.5, PADDED), ("max_length", 2, PADDED),
+    ],
+)  # fmt: skip
+def test_a_total_smaller_than_what_is_there(name, value, base, as_tensor, use_backend):
+    total = torch.tensor(value) if as_tensor else value
+    with pytest.raises(ValueError, match=rf"{name}=.* must be > 0 and that of the whole batch"):
+        dk.policy_loss(**base, **{name: total}, backend=use_backend)
+
+
+@on_backends()
+@pytest.mark.parametrize("value", [0.0, -4.0, float("nan")])
+@pytest.mark.parametrize("name", ["num_responses", "num_tokens", "max_length"])
+def test_a_total_that_is_none(name, value, use_backend):
+    with pytest.raises(ValueError, match=rf"{name}=.* must be > 0"):
+        dk.policy_loss(**PACKED, **{name: torch.tensor(value)}, backend=use_backend)
 
 
 # ---- ids ----------------------------------------------------------------------------------------
@@ -411,6 +497,20 @@ def test_an_id_outside_the_vocabulary(name, bad, use_backend):
 
 
 @on_backends()
+def test_an_id_twice_in_a_row_of_the_top_k(use_backend):
+    """Its probability would count twice."""
+    ids = torch.arange(3).repeat(N, 1)
+    ids[4, 2] = 0
+    arguments = PACKED | TOPK | {"topk_ids": ids, "topk_logprobs": -torch.ones(N, 3)}
+    with pytest.raises(ValueError, match=r"topk_ids\[4\] has the id 0 more than once"):
+        dk.policy_loss(**arguments, backend=use_backend)
+    arguments |= {"mask": torch.arange(N).view(1, N) != 4, "lengths": None}
+    for key in ("logits", "target_ids", "old_logprobs", "advantages", "topk_ids", "topk_logprobs"):
+        arguments[key] = arguments[key][None]
+    assert dk.policy_loss(**arguments, backend=use_backend).loss.isfinite()
+
+
+@on_backends()
 def test_any_id_where_no_token_counts(use_backend):
     ids = PADDED["target_ids"].clone()
     mask = torch.ones(B, T)
@@ -419,6 +519,31 @@ def test_any_id_where_no_token_counts(use_backend):
     assert dk.policy_loss(**arguments).loss.isfinite()
     logprobs, _ = dk.selected_logprobs(PADDED["logits"], ids, mask=mask, backend=use_backend)
     assert (logprobs[mask == 0] == 0).all() and logprobs.isfinite().all()
+
+
+# ---- tensors that are more than they seem -------------------------------------------------------
+
+
+def test_a_dtensor_is_named(tmp_path):
+    from torch import distributed
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        logits = distribute_tensor(PACKED["logits"], mesh, [Replicate()])
+        with pytest.raises(TypeError, match=r"logits must be a plain tensor, got a DTensor with"):
+            dk.policy_loss(**PACKED | {"logits": logits})
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int16])
+def test_lengths_of_any_integer_type(dtype):
+    lengths = torch.tensor([4, 2]).to(dtype)
+    out = dk.policy_loss(**PACKED | {"lengths": lengths})
+    assert torch.equal(out.loss, dk.policy_loss(**PACKED).loss)
 
 
 # ---- the choice of a backend --------------------------------------------------------------------

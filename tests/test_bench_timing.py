@@ -15,7 +15,7 @@ import pytest
 import torch
 from bench_runs import OURS, quick
 
-from dcpo_kernels.backends import native
+from dcpo_kernels.backends import _compiled
 from dcpo_kernels.bench import (
     graphs,
     implementations,
@@ -368,4 +368,4 @@ def test_environment_says_where_it_ran():
     assert facts["host"]["threads"] == torch.get_num_threads()
     assert facts["package"]["versions"]["torch"] == torch.__version__
     if OURS == "cpu":
-        assert facts["package"]["cpu"]["isa"] == native._C.cpu_isa()
+        assert facts["package"]["cpu"]["isa"] == _compiled.C.cpu_isa()

@@ -38,6 +38,14 @@ def test_gae_with_lam_1_is_the_reward_to_go():
     torch.testing.assert_close(out.returns, rewards.flip(1).cumsum(1).flip(1))
 
 
+@pytest.mark.parametrize("shape", [(3, 0), (0, 4), (0, 0)])
+def test_nothing_to_estimate(shape):
+    out = dk.gae(torch.zeros(shape), torch.zeros(shape), torch.ones(shape))
+    assert out.advantages.shape == out.returns.shape == shape
+    x = torch.zeros(shape)
+    assert dk.value_loss(x, x, x, x) == (0, 0)
+
+
 def test_gae_refuses_other_shapes():
     with pytest.raises(ValueError, match=r"\[2, 5\], \[2, 5\], \[2, 4\]"):
         dk.gae(torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2, 4))
@@ -71,6 +79,12 @@ def test_overlong_punishment():
     expected = torch.tensor([0.0, 0.0, -0.05, -0.5, -1.0, -1.0, -1.0])
     torch.testing.assert_close(dk.overlong_punishment(lengths, 100, 20), expected)
     assert dk.overlong_punishment([90], 100, 20).tolist() == [-0.5]
+    assert dk.overlong_punishment([], 100, 20).shape == (0,)
+    for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.float64):
+        part = lengths[:-2].to(dtype)
+        torch.testing.assert_close(dk.overlong_punishment(part, 100, 20), expected[:-2])
+    with torch.device("meta"):  # torch.as_tensor would move them there
+        assert dk.overlong_punishment(lengths, 100, 20).device.type == "cpu"
     for cache in (0, 101):
         with pytest.raises(ValueError, match=f"cache={cache}"):
             dk.overlong_punishment(lengths, 100, cache)

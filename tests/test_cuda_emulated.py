@@ -431,14 +431,14 @@ def test_table(major, shared, row_bytes, cluster, stages, emu):
 
 
 @pytest.mark.skipif(
-    native._C is None or not native._C.cuda or torch.cuda.is_available(),
+    _compiled.C is None or not _compiled.C.cuda or torch.cuda.is_available(),
     reason="needs a module built with CUDA, and no GPU",
 )
 def test_without_a_driver():
-    assert native._C.cuda_devices() == []
-    assert "driver" in native._C.cuda_why_not(0)
+    assert _compiled.C.cuda_devices() == []
+    assert "driver" in _compiled.C.cuda_why_not(0)
     with pytest.raises(RuntimeError, match=r"cudaGetDevice: .*driver"):
-        native._C.cuda_scale(
+        _compiled.C.cuda_scale(
             rows=1, vocab=1, dtype=2, x=16, strides=(1, 0, 0), scale=16, device=0, stream=0
         )
 

@@ -24,7 +24,7 @@ from problems import (
 )
 
 import dcpo_kernels as dk
-from dcpo_kernels.objectives import AGGREGATIONS
+from dcpo_kernels.objective import AGGREGATIONS
 
 NAN = float("nan")
 SETTINGS = pairs(
@@ -233,17 +233,37 @@ def test_second_backward(name, inplace, use_backend):
     if name == "gspo" and not inplace:  # nothing was overwritten: the gradient is made anew
         out.loss.backward()
         return
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="second time through one policy_loss.*call .* again"):
         out.loss.backward()
 
 
-@on_kernels()
-def test_no_double_backward(use_backend):
-    leaf, _, out = recorded(problem(dk.dcpo()), False, use_backend)
+@on_backends()
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "selected_logprobs"])
+def test_first_derivatives_in_reverse_mode_and_nothing_else(name, use_backend):
+    p = problem(dk.gspo() if name == "gspo" else dk.dcpo())
+
+    def loss(logits):
+        if name == "selected_logprobs":
+            ids = p.arguments["target_ids"]
+            return dk.selected_logprobs(logits, ids, backend=use_backend)[0].sum()
+        return dk.policy_loss(logits, **p.arguments, backend=use_backend).loss
+
+    leaf = p.base.clone().requires_grad_()
+    first = "first derivatives in reverse mode"
+    with pytest.raises(RuntimeError, match=first):
+        torch.autograd.grad(loss(leaf), leaf, create_graph=True)
     scale = torch.ones((), requires_grad=True)
-    (gradient,) = torch.autograd.grad(scale * out.loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match=first):
+        torch.autograd.grad(scale * loss(leaf), leaf, create_graph=True)
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match=first):
+            transform(loss)(p.base)
+    with pytest.raises(RuntimeError, match=first):
+        torch.func.jvp(loss, (p.base,), (torch.ones_like(p.base),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(p.base, torch.ones_like(p.base))
+        with pytest.raises(RuntimeError, match=first):
+            loss(dual)
 
 
 @on_backends()
@@ -321,11 +341,157 @@ def test_other_types_of_the_same_arguments(name, layout, use_backend):
 
 @on_backends("reference", *KERNELS[:1])
 def test_as_many_responses_as_tokens(use_backend):
-    """[R] means a response each, also where R = N."""
+    """[N] and [R] can't be told apart there; [R, 1] can."""
     p = problem(dk.grpo(), lengths=(2, 0, 1), advantages="response", drift=0.0)
-    p.arguments["advantages"] = torch.tensor([1.0, 2.0, 3.0])
+    values = torch.tensor([1.0, 2.0, 3.0])
+    p.arguments["advantages"] = values[:, None]
+    for name in ("advantages", "importance_weights", "temperature"):
+        with pytest.raises(ValueError, match=rf"{name} of shape \[3\] could .* pass \[3, 1\]"):
+            p.run(backend=use_backend, **{name: values})
     out, _ = p.run(backend=use_backend)
     assert (-out.token_loss).tolist() == pytest.approx([1.0, 1.0, 3.0], rel=1e-5)
+    p.arguments |= {"lengths": [1, 1, 1], "advantages": values}  # both readings are one
+    out, _ = p.run(backend=use_backend)
+    assert (-out.token_loss).tolist() == pytest.approx([1.0, 2.0, 3.0], rel=1e-5)
+
+
+@on_backends()
+@fused_and_sequence
+def test_one_response_padded(name, use_backend):
+    """[1] per response: spread over the tokens it has a stride of 0, which no kernel may see."""
+    p = problem(
+        OBJECTIVES[name](), layout="padded", lengths=(9,), advantages="response",
+        importance="response", temperature=0.7,
+    )  # fmt: skip
+    shape = p.counts.shape
+    per_token = {key: p.arguments[key].expand(shape) for key in ("advantages", "importance_weights")}
+    out, gradient = p.run(backend=use_backend)
+    for changes in (per_token, {key: x.clone() for key, x in per_token.items()}):
+        out2, gradient2 = p.run(backend=use_backend, **changes)
+        assert torch.equal(gradient, gradient2) and torch.equal(out.token_loss, out2.token_loss)
+    assert_matches(p, (out, gradient), p.oracle())
+
+
+@on_backends()
+@pytest.mark.parametrize("per", ["token", "response"])
+@pytest.mark.parametrize(
+    "case",
+    pairs(name=tuple(OBJECTIVES), layout=LAYOUTS, dtype=DTYPES),
+    ids=label,
+)
+def test_a_temperature_for_each(case, per, use_backend):
+    """Rows of temperature T are rows of logits over T at temperature 1."""
+    name, layout, dtype = case.values()
+    p = problem(OBJECTIVES[name](entropy_coef=0.01), layout=layout, dtype=dtype)
+    mask = p.arguments.get("mask")
+    count = p.counts.numel() if per == "token" else 5
+    temperatures = 0.5 + torch.rand(count, generator=torch.Generator().manual_seed(1))
+    if per == "token":
+        temperatures = temperatures.view(p.counts.shape)
+        rows = temperatures
+    elif mask is None:
+        rows = temperatures.repeat_interleave(p.arguments["lengths"])
+    else:
+        rows = temperatures[:, None].expand(mask.shape)
+    p.arguments["temperature"] = temperatures
+    found = p.run(backend=use_backend, with_entropy=True)
+    want = p.oracle(with_entropy=True)
+    assert torch.equal(found[0].clipped, want[0].clipped)
+    divided = {"temperature": 1.0}
+    if p.arguments.get("old_logits") is not None:
+        divided["old_logits"] = p.arguments["old_logits"].double() / rows[..., None].double()
+    leaf = p.logits.double().requires_grad_()
+    arguments = {**p.arguments, **divided, "with_entropy": True, "backend": "reference"}
+    one = dk.policy_loss(leaf / rows[..., None].double(), **arguments)
+    (one_gradient,) = torch.autograd.grad(one.loss, leaf)
+    torch.testing.assert_close(want[0].token_loss, one.token_loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        want[1].nan_to_num(), one_gradient.nan_to_num(), rtol=1e-5, atol=1e-8
+    )
+    p.arguments["temperature"] = rows  # what assert_matches takes the slack from
+    assert_matches(p, found, want)
+
+
+@on_backends()
+@pytest.mark.parametrize(
+    "case", pairs(name=tuple(OBJECTIVES), layout=LAYOUTS, dtype=DTYPES, inplace=(0, 1)), ids=label
+)
+def test_on_policy(case, use_backend):
+    """old_logprobs=None: the ratio is 1 for every token, and the gradient is that of the ratio."""
+    name, layout, dtype, inplace = case.values()
+    p = problem(OBJECTIVES[name](kl_coef=0.05), layout=layout, dtype=dtype, importance="token")
+    p.arguments["old_logprobs"] = None
+    out, gradient = p.run(backend=use_backend, inplace=bool(inplace))
+    want = p.oracle()
+    assert_matches(p, (out, gradient), want)
+    assert (out.ratio == 1).all()
+    if p.arguments["objective"].divergence != "none":  # a log-ratio of 1e-8 is one that moves
+        return
+    # The same as log-probabilities that were taken from these logits just before.
+    logprobs = want[0].logprobs.float()
+    given = p.run(
+        backend="reference", inplace=False, dtype=torch.float64, old_logprobs=logprobs
+    )
+    torch.testing.assert_close(given[1], want[1], rtol=1e-4, atol=1e-6)
+
+
+@on_backends()
+@pytest.mark.parametrize("name", ["dppo-tv", "dppo-kl", "penalty-tv", "penalty-kl"])
+def test_old_logits_of_another_dtype(name, use_backend):
+    """They come from another engine."""
+    p = problem(OBJECTIVES[name](), layout="sliced", dtype=torch.bfloat16, vocab=67)
+    old_logits = p.arguments["old_logits"]
+    for dtype in (torch.float32, torch.float16):
+        finer = old_logits.to(dtype) + 0.001 * torch.randn(old_logits.shape).to(dtype)
+        leaf = p.base.clone().requires_grad_()
+        arguments = {**p.arguments, "old_logits": finer}
+        out = dk.policy_loss(p.view(leaf), **arguments, backend=use_backend)
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        exact = p.base.double().requires_grad_()
+        arguments["old_logits"] = finer.double()
+        want = dk.policy_loss(p.view(exact), **arguments, backend="reference")
+        (want_gradient,) = torch.autograd.grad(want.loss, exact)
+        assert_matches(p, (out, p.view(gradient)), (want, p.view(want_gradient)))
+
+
+@on_backends()
+@pytest.mark.parametrize("scale", [2.0**16, torch.tensor(2.0**16), 1000.0], ids=str)
+@pytest.mark.parametrize("name", ["dcpo", "gspo"])
+def test_loss_scale(name, scale, use_backend):
+    """fp16 under a GradScaler: the gradient is stored scaled, so that small entries are not 0."""
+    p = problem(OBJECTIVES[name](), vocab=2000, dtype=torch.float16)
+    scaled = p.run(
+        lambda loss: loss * scale, backend=use_backend, loss_scale=scale, inplace=True
+    )
+    assert_matches(p, scaled, p.oracle(), float(scale))
+    out, gradient = p.run(backend=use_backend)
+    torch.testing.assert_close(scaled[0].loss, out.loss)
+    assert torch.equal(scaled[0].token_loss, out.token_loss)
+    plain, want = p.oracle()[1], p.oracle()[1] * float(scale)
+    lost = (gradient == 0).sum() - (plain == 0).sum()
+    assert (scaled[1] == 0).sum() - (want.half() == 0).sum() == 0 < lost
+
+
+def test_a_grad_scaler_finds_its_gradients():
+    p = problem(dk.dcpo(), vocab=2000, dtype=torch.float16)
+    head = torch.nn.Linear(8, 2000, bias=False)
+    torch.nn.init.normal_(head.weight, std=1.0)
+    hidden = torch.randn(24, 8)
+    gradients = []
+    for autocast in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, enabled=autocast)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.0)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+            logits = head(hidden)
+        out = dk.policy_loss(
+            logits, **p.arguments, loss_scale=scaler.get_scale() if autocast else None
+        )
+        optimizer.zero_grad()
+        scaler.scale(out.loss).backward()
+        scaler.unscale_(optimizer) if autocast else None
+        gradients.append(head.weight.grad.clone())
+    error = (gradients[1] - gradients[0]).abs().max()
+    assert error < 4e-3 * gradients[0].abs().max()
 
 
 @on_backends("reference", *KERNELS[:1])
@@ -408,6 +574,29 @@ def test_zero_advantage_is_not_skipped_where_something_else_pulls(objective, use
     p.arguments["advantages"][::2] = 0.0
     assert_same(p, {"skip_zero_advantage": True}, use_backend)
     assert (p.run(skip_zero_advantage=True, backend=use_backend)[1][::2] != 0).any()
+
+
+@on_backends()
+@fused_and_sequence
+def test_summarize_counts_what_was_read(name, use_backend):
+    """Rows that skip_zero_advantage leaves out have results of 0, which are in no mean."""
+    p = problem(OBJECTIVES[name](), lengths=(6, 5, 9, 4), advantages="response")
+    p.arguments["advantages"][1::2] = 0.0
+    whole = dk.summarize(p.run(backend=use_backend, with_entropy=True)[0])
+    out, _ = p.run(backend=use_backend, with_entropy=True, skip_zero_advantage=True)
+    found = dk.summarize(out)
+    assert (whole["tokens"], whole["tokens_read"]) == (24, 24)
+    assert (found["tokens"], found["tokens_read"]) == (24, 15)
+    read = torch.tensor([True] * 6 + [False] * 5 + [True] * 9 + [False] * 4)
+    assert found["logprob_mean"] == pytest.approx(float(out.logprobs[read].mean()), rel=1e-5)
+    assert found["entropy_mean"] == pytest.approx(float(out.entropy[read].mean()), rel=1e-5)
+    ratio = out.ratio[read]
+    assert found["ratio_mean"] == pytest.approx(float(ratio.mean()), rel=1e-5)
+    assert (found["ratio_min"], found["ratio_max"]) == (float(ratio.min()), float(ratio.max()))
+    assert found["approx_kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean()), rel=1e-4)
+    assert found["token_clipping_ratio"] == pytest.approx(float((out.clipped != 0).sum()) / 24)
+    ratio = dk.token_clipping_ratio(out)
+    assert found["token_clipping_ratio"] == pytest.approx(float(ratio))
 
 
 # ---- little or nothing --------------------------------------------------------------------------
@@ -655,7 +844,7 @@ def test_selected_logprobs_in_place(layout, dtype, use_backend):
     before = logits._version
     logprobs.sum().backward(retain_graph=True)
     assert logits._version > before
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="second time through one selected_logprobs"):
         logprobs.sum().backward()
 
 

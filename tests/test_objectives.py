@@ -11,18 +11,17 @@ from conftest import on_kernels
 from problems import OBJECTIVES
 
 import dcpo_kernels as dk
-from dcpo_kernels.objectives import (
+from dcpo_kernels.decide import clip_bounds, decide
+from dcpo_kernels.objective import (
     CLIP_CAP,
     CLIP_HIGH,
     CLIP_LOW,
     CLIP_NONE,
     CLIP_REGION,
+    CLIPPED,
     DIVERGENCES,
     MAX_LOG_RATIO,
     SURROGATES,
-    clip_bounds,
-    decide,
-    kernel_arguments,
 )
 
 INF = math.inf
@@ -37,8 +36,8 @@ PRESETS = {
     "ppo": (dk.ppo(), {"ratio_cap": 3.0}),
     "inverse_sqrt": (dk.inverse_sqrt(), {"surrogate": "inverse-sqrt-clip",
                                          "aggregation": "only-token-mean"}),
-    "cispo": (dk.cispo(), {"surrogate": "reinforce", "eps_low": 0.0, "eps_high": 0.0,
-                           "ratio_cap": 5.0}),
+    "cispo": (dk.cispo(), {"surrogate": "reinforce", "ratio_cap": 5.0}),
+    "icepop": (dk.icepop(), {"surrogate": "ratio-mask", "eps_low": 0.5, "eps_high": 4.0}),
     "sapo": (dk.sapo(), {"surrogate": "soft-gate", "eps_low": 1.05, "eps_high": 1.0,
                          "aggregation": "seq-mean-token-mean"}),
     "dr_grpo": (dk.dr_grpo(), {"aggregation": "seq-mean-token-sum-norm"}),
@@ -46,7 +45,7 @@ PRESETS = {
 }  # fmt: skip
 DEFAULTS = {
     "surrogate": "clip", "eps_low": 0.2, "eps_high": 0.2, "ratio_max": INF, "ratio_cap": INF,
-    "ratio_level": "token", "divergence": "none", "limit_low": INF, "limit_high": INF, "k": 20,
+    "ratio_level": "token", "divergence": "none", "limit_low": INF, "limit_high": INF,
     "aggregation": "token-mean", "kl_coef": 0.0, "entropy_coef": 0.0, "penalty_coef": 0.0,
 }  # fmt: skip
 
@@ -61,15 +60,15 @@ def test_preset(name):
 def test_dppo(divergence):
     limit = 0.05 if divergence.endswith("kl") else 0.15
     expected = {
-        "name": "dppo", **DEFAULTS, "surrogate": "reinforce", "eps_low": 0.0, "eps_high": 0.0,
+        "name": "dppo", **DEFAULTS, "surrogate": "reinforce",
         "divergence": divergence, "limit_low": limit, "limit_high": limit, "ratio_cap": 20.0,
     }  # fmt: skip
     objective = dk.dppo(divergence)
     assert asdict(objective) == expected
     assert objective.needs_topk == divergence.startswith("topk")
     assert objective.needs_old_logits == (divergence in ("tv", "kl"))
-    own = dk.dppo(divergence, (0.1, 0.2), 3.0, 7)
-    assert (own.limit_low, own.limit_high, own.ratio_cap, own.k) == (0.1, 0.2, 3.0, 7)
+    own = dk.dppo(divergence, (0.1, 0.2), 3.0)
+    assert (own.limit_low, own.limit_high, own.ratio_cap) == (0.1, 0.2, 3.0)
     assert dk.dppo(divergence, 0.3).limit_low == dk.dppo(divergence, 0.3).limit_high == 0.3
 
 
@@ -109,13 +108,16 @@ def test_every_preset_takes_parts_and_is_frozen(make):
             {"ratio_level": "sequence", "divergence": "tv", "penalty_coef": 0.1},
             "divergence='tv' compares tokens",
         ),
-        ({"k": 0}, "k=0 must lie in 1..128"),
-        ({"k": 129}, "k=129 must lie in 1..128"),
         ({"surrogate": "soft-gate", "eps_low": 0.0}, "soft gate must be > 0"),
         ({"divergence": "tv"}, "divergence mask goes with surrogate='reinforce'"),
         ({"limit_low": 0.1}, "a limit needs a divergence"),
         ({"surrogate": "reinforce", "ratio_max": 5.0}, "ratio_max bounds a clip"),
-        ({"surrogate": "soft-gate", "ratio_cap": 5.0}, "ratio_cap has no place in a soft gate"),
+        (
+            {"surrogate": "soft-gate", "ratio_cap": 5.0},
+            "ratio_cap has no place in surrogate='soft-gate'",
+        ),
+        ({"surrogate": "ratio-mask", "ratio_cap": 5.0}, "ratio_cap has no place in"),
+        ({"surrogate": "ratio-mask", "ratio_max": 5.0}, "ratio_max bounds a clip"),
         ({"surrogate": "dynamic-clip", "ratio_level": "sequence"}, "bounds per token"),
         (
             {"surrogate": "reinforce", "divergence": "tv", "ratio_level": "sequence"},
@@ -126,24 +128,39 @@ def test_every_preset_takes_parts_and_is_frozen(make):
 def test_refused(changes, words):
     with pytest.raises(ValueError, match=f"mine: .*{words}"):
         dk.Objective("mine", **changes)
-    if changes.keys() <= {"aggregation", "kl_coef", "k"}:
+    if changes.keys() <= {"aggregation", "kl_coef"}:
         with pytest.raises(ValueError, match=words):
             replace(dk.grpo(), **changes)
 
 
-def test_kernel_arguments_follow_the_header():
-    """The codes are positions, and csrc/objective.h lists them in this order."""
+def test_numbers_of_an_objective():
     for i, surrogate in enumerate(SURROGATES):
-        assert kernel_arguments(dk.Objective("x", surrogate))[0] == i
+        assert dk.Objective("x", surrogate).numbers.surrogate == i
     for i, divergence in enumerate(DIVERGENCES[1:], 1):
-        assert kernel_arguments(dk.dppo(divergence))[1] == i
-    numbers = kernel_arguments(
-        dk.Objective("x", "clip", 0.1, 0.2, 3, 4, kl_coef=0.5, entropy_coef=0.6)
-    )
+        assert dk.dppo(divergence).numbers.divergence == i
+    numbers = dk.Objective("x", "clip", 0.1, 0.2, 3, 4, kl_coef=0.5, entropy_coef=0.6).numbers
     assert numbers == (0, 0, 0.1, 0.2, 3, 4, INF, INF, 0.5, 0.6, 0.0)
-    assert kernel_arguments(dk.dppo("kl", penalty_coef=0.7))[-1] == 0.7
-    assert kernel_arguments(dk.dppo("kl", (0.7, 0.8)))[6:8] == (0.7, 0.8)
-    assert tuple(range(5)) == (CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION)
+    numbers = dk.dppo("kl", (0.7, 0.8), penalty_coef=0.9).numbers
+    assert (numbers.limit_low, numbers.limit_high, numbers.penalty_coef) == (0.7, 0.8, 0.9)
+    assert dk.dppo("kl", [0.7, 0.8]) == dk.dppo("kl", (0.7, 0.8))
+    assert tuple(range(len(CLIPPED))) == (CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: dk.dcpo("0.2"), "dcpo: eps_low must be a number, got '0.2'"),
+        (lambda: dk.grpo(None), "grpo: eps_low must be a number, got None"),
+        (lambda: dk.ppo(dual_clip=[3.0]), r"ppo: ratio_cap must be a number, got \[3.0\]"),
+        (lambda: dk.dppo(limit=[0.1]), r"dppo: limit_low must be a number, got \[0.1\]"),
+        (lambda: dk.dppo(limit=(0.1, 0.2, 0.3)), "dppo: limit_low must be a number"),
+        (lambda: dk.dppo(limit="0.1"), "dppo: limit_low must be a number, got '0.1'"),
+        (lambda: dk.grpo(kl_coef=True), "grpo: kl_coef must be a number, got True"),
+    ],
+)
+def test_numbers_that_are_none(make, words):
+    with pytest.raises(TypeError, match=words):
+        make()
 
 
 # ---- bounds -------------------------------------------------------------------------------------
@@ -152,14 +169,14 @@ def test_kernel_arguments_follow_the_header():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bounds_at_the_ends(dtype):
     old = torch.tensor([0.0, -50.0, -87.4, -100.0, -104.0, -745.0, -1e30, -INF], dtype=dtype)
-    low, high = clip_bounds(dk.dcpo(), old)
+    low, high = clip_bounds(dk.dcpo().numbers, old)
     exact = (0.5 + 0.5 * math.sqrt(1 - 0.64), 0.5 + 0.5 * math.sqrt(1 + 0.8))
     assert (float(low[0]), float(high[0])) == pytest.approx(exact, rel=1e-6)
     assert (low[1:] == 0.5).all() and (high[1:] == 10).all()  # not NaN, not inf
-    low, high = clip_bounds(dk.inverse_sqrt(0.2), old)
+    low, high = clip_bounds(dk.inverse_sqrt(0.2).numbers, old)
     assert low[0] == pytest.approx(0.8) and high[0] == pytest.approx(1.2)
     assert (low[1:] == 0).all() and high.isfinite().all() and (high[1:] > 1e9).all()
-    low, high = clip_bounds(dk.dapo(), old)
+    low, high = clip_bounds(dk.dapo().numbers, old)
     assert (low == 0.8).all() and (high == 1.28).all()
 
 
@@ -167,7 +184,7 @@ def test_bounds_widen_as_the_old_probability_falls():
     """DCPO eq. 6: |r - 1| r q <= eps solved for r; equality at each bound that is not a limit."""
     old = torch.linspace(-12, 0, 1001, dtype=torch.float64)
     q = old.exp()
-    low, high = clip_bounds(dk.dcpo(), old)
+    low, high = clip_bounds(dk.dcpo().numbers, old)
     assert (low.diff() >= 0).all() and (high.diff() <= 0).all()
     inside = high < 10
     torch.testing.assert_close(((high - 1) * high * q)[inside], torch.full_like(q[inside], 0.2))
@@ -177,7 +194,7 @@ def test_bounds_widen_as_the_old_probability_falls():
 
 
 def test_zero_eps_leaves_no_room():
-    low, high = clip_bounds(dk.dcpo(0.0, 0.0), torch.tensor([-3.0, -0.1], dtype=torch.float64))
+    low, high = clip_bounds(dk.dcpo(0.0, 0.0).numbers, torch.tensor([-3.0, -0.1], dtype=torch.float64))
     assert (low == 1).all() and (high == 1).all()
 
 
@@ -216,7 +233,7 @@ def test_decide_on_a_grid(name, kl_coef, use_backend):
         logp, old, A, ref = (x[possible] for x in (logp, old, A, ref))
     out, g = through_a_kernel(objective, logp.double(), old, A, ref, use_backend)
     doubles = [x.double() for x in (out.logprobs, old, A)]
-    want = decide(objective, *doubles, ref_logprobs=ref.double())
+    want = decide(objective.numbers, *doubles, ref_logprobs=ref.double())
     torch.testing.assert_close(out.ratio.double(), want.ratio, rtol=1e-5, atol=0)
     torch.testing.assert_close(out.token_loss.double(), want.loss, rtol=3e-5, atol=1e-6)
     assert torch.equal(out.clipped, want.clipped)

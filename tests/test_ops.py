@@ -5,77 +5,162 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import KERNELS, needs_kernels, on_kernels
+from conftest import KERNELS, on_backends, on_kernels
 from problems import DTYPES, OBJECTIVES, PER_TOKEN, pairs, problem
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dcpo_kernels as dk
 from dcpo_kernels import ops
 from dcpo_kernels.backends import reference
-from dcpo_kernels.objectives import binary_divergence, kernel_arguments
+from dcpo_kernels.decide import binary_divergence
+from dcpo_kernels.ops.decide import RatioGroups, Read
+from dcpo_kernels.ops.records import Grouping, Options, Responses, Results, Rows, Tokens
+from dcpo_kernels.ops.row_gradient import RowCoefficients
+from dcpo_kernels.ops.row_stats import RowStats, Targets
 
 LAYOUTS = ("packed", "row-stride", "sliced", "time-major")
+BACKENDS = ("reference", *KERNELS[:1])
 
 
-def arguments_of(op: str, layout: str, dtype: torch.dtype, objective: dk.Objective | None = None):
-    """What each operator is called with, gradients recorded nowhere."""
+def arguments_of(
+    op: str,
+    layout: str,
+    dtype: torch.dtype,
+    backend: str,
+    objective: dk.Objective | None = None,
+    optional: bool = True,
+):
+    """What each operator is called with, gradients recorded nowhere. optional: every argument that
+    may be left out is there."""
     objective = objective or dk.dcpo(kl_coef=0.1, entropy_coef=0.1)
     p = problem(objective, layout=layout, dtype=dtype, lengths=(3, 0, 2), vocab=19)
     logits = p.view(p.base.nan_to_num())
-    rows = logits[..., 0].numel()
-    ids = torch.arange(rows) % 19
-    one, two, three = torch.randn(3, rows)
+    shape = logits.shape[:-1]
+    ids = (torch.arange(shape.numel()) % 19).view(shape)
+    one, two, three = torch.randn(3, *shape)
+    numbers, options = objective.numbers, Options(0.7, True)
+    count = shape[0] if len(shape) == 2 else 3
+    grouping = Grouping(
+        mask=three > 0 if optional or len(shape) == 2 else None,
+        lengths=torch.tensor([2, 0, 3]) if len(shape) == 1 else None,
+        aggregation=1,
+        num_responses=None,
+        num_tokens=100 if optional else None,
+        max_length=None,
+        num_responses_on_device=torch.tensor(50.0) if optional else None,
+        num_tokens_on_device=None,
+        max_length_on_device=None,
+        skip_zero=one if optional else None,
+        skip_by_response=False,
+        skip_whole_responses=False,
+    )
+    if op == "token_weights":
+        return ids, *grouping, [torch.randn(count)] * optional, backend
+    *responses, _ = ops.token_weights(ids, *grouping, [], backend)
+    responses = Responses(*responses)
+    tokens = Tokens(
+        old_logprobs=-one.abs() if optional else None,
+        advantages=two,
+        weights=responses.weights,
+        ref_logprobs=one if objective.kl_coef else None,
+        importance_weights=three.abs() if optional else None,
+    )
+    temperatures = 0.5 + one.abs() if optional else None
+    targets = Targets(ids, responses.mask, temperatures)
     if op == "row_stats":
-        return logits, ids, three > 0, 0.7, True, "cpu"
+        return logits, *targets, *options, backend
+    stats = RowStats(*ops.row_stats(logits, *targets, *options, backend))
     if op.startswith("row_gradient"):
-        _, entropy, row_max, log_sum = ops.row_stats(logits, ids, None, 0.7, True, "cpu")
-        return logits, ids, row_max, log_sum, entropy, one, two, 0.7, "cpu"
-    if op == "scale_":
-        return logits, torch.tensor(0.37), "cpu"
-    topk = old_logits = (None, None)
+        ends = RowCoefficients(
+            ids, temperatures, stats.row_max, stats.log_sum, stats.entropy, one, two
+        )
+        if not optional:
+            ends = ends._replace(entropy=None, h=None)
+        return logits, *ends, torch.tensor(0.37) if optional else None, 0.7, backend
+    if op == "multiply_":
+        return logits, torch.tensor(0.37), backend
+    if op == "decide":
+        groups = RatioGroups(optional, responses.offsets, responses.lengths)
+        return *Read(stats.logprobs, stats.entropy), *tokens, *numbers, *groups, backend
+    if op == "finish":
+        clipped = (10 * one.abs()).to(torch.int8) % 5
+        results = Results(one, stats.logprobs, stats.entropy, three.exp(), clipped)
+        return *results, *responses, backend
+    topk = (None, None)
     if objective.needs_topk:
-        topk = (ids[:, None].repeat(1, 3), -torch.rand(rows, 3))
+        topk = (ids[..., None] + torch.arange(3)) % 19, -torch.rand(*shape, 3)
     old_logits = torch.randn_like(logits) if objective.needs_old_logits else None
-    weights = torch.where(three > 0, three, 0.0)
-    rest = (ids, -one.abs(), two, weights, one, three, *topk, old_logits)
-    rest += (*kernel_arguments(objective), 0.7, True, False)
-    return (logits, *rest, "cpu") if op == "fused_" else (logits, *rest, True, "cpu")
+    rows = Rows(ids, temperatures, *topk, old_logits)
+    arguments = (logits, *rows, *tokens, *numbers, *options)
+    return (*arguments, backend) if op == "fused_" else (*arguments, True, backend)
 
 
-@needs_kernels
 @pytest.mark.parametrize(
     "case",
-    pairs(op=tuple(ops.__all__), layout=LAYOUTS, dtype=DTYPES),
+    pairs(op=tuple(ops.__all__), layout=LAYOUTS, dtype=DTYPES, backend=BACKENDS, optional=(0, 1)),
     ids=lambda c: str(c.values()),
 )
 def test_opcheck(case):
-    op = getattr(ops, case["op"])
-    torch.library.opcheck(op, arguments_of(case["op"], case["layout"], case["dtype"]))
+    with_names = dict(case, backend=case["backend"].split("-")[0])
+    name = with_names.pop("op")
+    torch.library.opcheck(getattr(ops, name), arguments_of(name, **with_names))
 
 
-@needs_kernels
+@on_backends(*BACKENDS)
 @pytest.mark.parametrize("name", ["grpo", "dppo-topk_tv", "dppo-kl"])
-def test_opcheck_of_optional_arguments(name):
-    arguments = list(arguments_of("fused", "sliced", torch.bfloat16, OBJECTIVES[name]()))
-    arguments[5:7] = [None, None]  # no reference, no importance weights
-    torch.library.opcheck(
-        ops.fused, tuple(arguments), test_utils=("test_schema", "test_faketensor")
-    )
-    arguments[-2] = False  # no gradient
-    torch.library.opcheck(
-        ops.fused, tuple(arguments), test_utils=("test_schema", "test_faketensor")
-    )
+def test_opcheck_of_optional_arguments(name, use_backend):
+    objective = OBJECTIVES[name]()
+    for optional in (True, False):
+        arguments = arguments_of(
+            "fused", "sliced", torch.bfloat16, use_backend, objective, optional
+        )
+        for with_gradient in (True, False):
+            *given, _, backend = arguments
+            torch.library.opcheck(
+                ops.fused,
+                (*given, with_gradient, backend),
+                test_utils=("test_schema", "test_faketensor"),
+            )
 
 
-@needs_kernels
+@on_backends(*BACKENDS)
+@pytest.mark.parametrize(
+    "wrong, error, words",
+    [
+        ({"advantages": torch.ones(1).expand(5)}, ValueError, "advantages must be contiguous"),
+        ({"advantages": torch.ones(4)}, ValueError, r"advantages .* 5 values, got shape \[4\]"),
+        ({"weights": torch.ones(5).half()}, TypeError, "weights must be torch.float32, got .*16"),
+        ({"target_ids": torch.ones(5).int()}, TypeError, "target_ids must be torch.int64"),
+        ({"old_logprobs": torch.ones(5, 2)[:, 0]}, ValueError, "old_logprobs .* strides \\[2\\]"),
+    ],
+)
+def test_direct_callers_are_checked_too(wrong, error, words, use_backend):
+    """The kernels get addresses: a tensor of other strides would be read past its end."""
+    arguments = arguments_of("fused", "packed", torch.float32, use_backend)
+    names = ["logits", *Rows._fields, *Tokens._fields]
+    arguments = [wrong.get(name, x) for name, x in zip(names, arguments, strict=False)] + list(
+        arguments[len(names) :]
+    )
+    with pytest.raises(error, match=words):
+        ops.fused(*arguments)
+
+
+@on_backends(*BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ops.__all__)
-def test_fake_results_are_like_the_real_ones(op, layout):
+def test_fake_results_are_like_the_real_ones(op, layout, use_backend):
     """Shape, dtype and strides; a gradient is contiguous whatever the logits are."""
-    arguments = arguments_of(op, layout, torch.bfloat16)
+    arguments = arguments_of(op, layout, torch.bfloat16, use_backend)
     with FakeTensorMode() as mode:
-        fake_arguments = [mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments]
+
+        def fake_of(x):
+            if isinstance(x, list):
+                return [fake_of(y) for y in x]
+            return mode.from_tensor(x) if torch.is_tensor(x) else x
+
+        fake_arguments = [fake_of(x) for x in arguments]
         fake = getattr(ops, op)(*fake_arguments)
     real = getattr(ops, op)(*arguments)
 
@@ -83,7 +168,8 @@ def test_fake_results_are_like_the_real_ones(op, layout):
         results = (
             () if results is None else results if isinstance(results, tuple | list) else [results]
         )
-        return [(list(x.shape), x.dtype, x.stride(), x.device) for x in results]
+        flat = [y for x in results for y in (x if isinstance(x, list) else [x])]
+        return [(list(x.shape), x.dtype, x.stride(), x.device) for x in flat]
 
     assert described(real) == described(fake)
     if op in ("fused", "row_gradient"):
@@ -97,6 +183,33 @@ def test_schemas_say_what_is_written():
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
         assert written == ([schema.arguments[0].name] if name.endswith("_") else [])
         assert torch.Tag.needs_fixed_stride_order in getattr(ops, name).tags
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operators that torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@on_backends()
+@pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("per", ["token", "response"])
+@pytest.mark.parametrize("name, most", [("dcpo", 8), ("grpo", 8), ("dppo-topk_tv", 8), ("gspo", 12)])
+def test_nothing_around_the_kernel(name, most, per, layout, inplace, use_backend):
+    """On a GPU each operator is a launch."""
+    p = problem(OBJECTIVES[name](), layout=layout, advantages=per)
+    logits = p.base.clone().requires_grad_() * 1
+    with Dispatched() as mode:
+        out = dk.policy_loss(logits, **p.arguments, inplace=inplace, backend=use_backend)
+        torch.autograd.grad(out.loss, logits)
+    assert len(mode.names) <= most, mode.names
 
 
 # ---- torch.compile ------------------------------------------------------------------------------
@@ -135,7 +248,7 @@ def padded(logits, target_ids, old_logprobs, advantages, lengths, **options):
 def selected(logits, target_ids, *_, lengths=None, old_logprobs=None, advantages=None, **options):
     logprobs, entropy = dk.selected_logprobs(logits, target_ids, **options)
     return dk.PolicyLoss(
-        (logprobs * 0.3).sum() + (entropy**2).mean(), *[logprobs, entropy][:1], *[None] * 6
+        (logprobs * 0.3).sum() + (entropy**2).mean(), *[logprobs, entropy][:1], *[None] * 7
     )
 
 
@@ -171,7 +284,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@on_kernels(*KERNELS[:1])
+@on_backends(*BACKENDS)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled(name, use_backend):
     """The whole call in one graph, with Inductor for the first and without it for the others."""
@@ -183,7 +296,7 @@ def test_compiled(name, use_backend):
     assert_compiled_agrees(compiled, function, batch(58, 6, vocab=64), **options)
 
 
-@on_kernels(*KERNELS[:1])
+@on_backends(*BACKENDS)
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])
 def test_no_recompilation_from_one_step_to_the_next(name, use_backend):
     """Numbers of tokens and responses, lengths, and all values change with each step."""
@@ -192,7 +305,7 @@ def test_no_recompilation_from_one_step_to_the_next(name, use_backend):
     options = {"objective": OBJECTIVES[name](), "backend": use_backend}
     assert_compiled_agrees(compiled, policy, batch(23, 4), **options)
     first = counter.frame_count
-    for tokens, responses in ((24, 4), (70, 9), (3, 3), (128, 17)):
+    for tokens, responses in ((24, 4), (70, 9), (5, 3), (128, 17)):
         assert_compiled_agrees(compiled, policy, batch(tokens, responses), **options)
         assert counter.frame_count == first
     totals = []
@@ -203,13 +316,14 @@ def test_no_recompilation_from_one_step_to_the_next(name, use_backend):
     assert totals[0] > first and len(set(totals)) == 1
 
 
-@on_kernels(*KERNELS[:1])
+@on_backends(*BACKENDS)
 def test_compiled_lengths_that_do_not_add_up(use_backend):
     """Compiled code does not look at them, nor a GPU: nothing may be read outside the rows, and no
     row may count twice."""
     options = {"objective": dk.gspo(), "backend": use_backend}
     compiled = torch.compile(policy, fullgraph=True, dynamic=True, backend="aot_eager")
     data = batch(6, 3)
+    data["advantages"] = data["advantages"][:, None]  # one per response, also where 3 rows are used
     for lengths in ([2, 100, 3], [-5, 6, 0], [9, -3, 0], [2, 1, 0]):
         found = compiled(**{**data, "lengths": torch.tensor(lengths)}, **options)
         ends = torch.tensor(lengths).cumsum(0).clamp(0, 6).cummax(0).values
@@ -223,7 +337,7 @@ def test_compiled_lengths_that_do_not_add_up(use_backend):
 
 
 @pytest.mark.xfail(strict=True, reason="a float argument of an operator is a constant to Dynamo")
-@on_kernels(*KERNELS[:1])
+@on_backends(*BACKENDS)
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])
 def test_no_recompilation_for_another_number(name, use_backend):
     """A temperature or a clip that moves with training progress."""
@@ -257,12 +371,21 @@ def frozen_loss(p, out, rows):
     if o.penalty_coef:
         keys = ("temperature", "topk_ids", "topk_logprobs", "old_logits")
         more = {key: a[key] for key in keys if key in a}
-        D = reference.divergence(o, rows, a["target_ids"], a["old_logprobs"].double(), **more)
+        kind = o.numbers.divergence
+        D = reference.divergence(kind, rows, a["target_ids"], a["old_logprobs"].double(), **more)
         if D is None:
-            D = binary_divergence(o.divergence, logp, a["old_logprobs"].double())
+            D = binary_divergence(kind, logp, a["old_logprobs"].double())
         limit = torch.where(a["advantages"] < 0, o.limit_low, o.limit_high)
         terms = terms + o.penalty_coef * (D - limit).relu()
     return (weight * terms).sum()
+
+
+def finite_differences(function, x, step=1e-6):
+    """The gradient of a scalar function; gradcheck would go backward twice."""
+    with torch.no_grad():
+        steps = step * torch.eye(x.numel(), dtype=x.dtype).view(-1, *x.shape)
+        slopes = [(function(x + dx) - function(x - dx)) / (2 * step) for dx in steps]
+    return torch.stack(slopes).view(x.shape)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -281,7 +404,9 @@ def test_gradcheck_of_the_reference(name):
         return dk.policy_loss(rows, **p.arguments, backend="reference").loss
 
     if objective.surrogate != "reinforce":
-        assert torch.autograd.gradcheck(loss, rows, eps=1e-6, atol=1e-7, rtol=1e-5)
+        (gradient,) = torch.autograd.grad(loss(rows), rows)
+        close = {"rtol": 1e-5, "atol": 1e-7}
+        torch.testing.assert_close(gradient, finite_differences(loss, rows), **close)
         return
     out = dk.policy_loss(rows, **p.arguments, backend="reference")
     assert torch.autograd.gradcheck(lambda x: frozen_loss(p, out, x), rows, atol=1e-7, rtol=1e-5)

@@ -3,9 +3,11 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import metadata
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,11 @@ from dcpo_kernels import _C, backends, cli
 PACKAGE = Path(dk.__file__).parent
 
 
-def python(code: str, tmp_path: Path) -> str:
+def python(code: str, tmp_path: Path, **environment: str) -> str:
     """Output of a fresh interpreter that is not started in the checkout."""
-    return subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+    return subprocess.check_output(
+        [sys.executable, "-c", code], cwd=tmp_path, text=True, env={**os.environ, **environment}
+    )
 
 
 def test_info_says_what_the_compiled_module_says(tmp_path):
@@ -45,6 +49,62 @@ def test_info_in_words(capsys):
         assert f"{row['tensor']} tensors" in text and f"{row['backend']}: {row['reason']}" in text
 
 
+def test_info_names_a_backend_that_can_not_be_forced(monkeypatch, capsys):
+    monkeypatch.setenv("DCPO_KERNELS_BACKEND", "cpu")
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "cpu: DCPO_KERNELS_BACKEND=cpu" in text
+    assert "none: DCPO_KERNELS_BACKEND: backend='cpu' can't be used for cuda tensors" in text
+
+
+MODULES = {  # a file beside the package's sources: what is wrong with it
+    "": "was never built",
+    f"_C{EXTENSION_SUFFIXES[0]}": "can't be loaded (",
+    "_C.cpython-39-some-machine.so": "is for another Python (_C.cpython-39-some-machine.so)",
+}
+
+
+@pytest.mark.parametrize("file", MODULES, ids=["never built", "broken", "another Python's"])
+def test_plain_pytorch_does_not_stand_in_without_a_word(file, tmp_path):
+    """It costs a factor: one warning at the first use that would have been the compiled module's,
+    none at the import, nor where the reference is asked for."""
+    without = shutil.ignore_patterns("*.so", "bench", "train", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "dcpo_kernels", ignore=without)
+    if file:
+        (tmp_path / "dcpo_kernels" / file).write_text("no module")
+    code = f"""
+import sys, warnings
+import torch
+if {not file.endswith(EXTENSION_SUFFIXES[0])}:  # an editable installation would find another one
+    sys.modules["dcpo_kernels._C"] = None
+def loss(backend="auto"):
+    x = torch.zeros(2, 3, requires_grad=True)
+    one = torch.ones(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dk.policy_loss(x, one.long(), -one, one, lengths=[1, 1], backend=backend).loss.backward()
+    assert x.grad.abs().sum() > 0
+    return caught
+with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    import dcpo_kernels as dk
+    from dcpo_kernels.cli import main
+assert {str(tmp_path)!r} in dk.__file__, dk.__file__
+assert not loss("reference")
+(first,) = loss()
+assert issubclass(first.category, RuntimeWarning)
+assert not loss()
+print(first.message)
+main(["info"])
+"""
+    warning, *info = python(
+        code, tmp_path, PYTHONPATH=str(tmp_path), DCPO_KERNELS_BACKEND=""
+    ).splitlines()
+    assert "serves cpu tensors with reference" in warning and MODULES[file] in warning
+    assert [line for line in info if line.startswith("compiled module") and MODULES[file] in line]
+    assert [line for line in info if f"(cpu not there: the compiled module {MODULES[file]}" in line]
+
+
 def test_command_without_its_extra_names_the_remedy(monkeypatch, capsys, tmp_path):
     (tmp_path / "needy.py").write_text("import a_package_that_is_missing.part\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -52,6 +112,36 @@ def test_command_without_its_extra_names_the_remedy(monkeypatch, capsys, tmp_pat
     assert cli.main(["needy"]) == 1
     error = capsys.readouterr().err
     assert "a_package_that_is_missing" in error and "pip install 'dcpo-kernels[train]'" in error
+
+
+@pytest.mark.parametrize("compiler", ["none", "broken"])
+def test_a_build_without_a_compiler_ends_in_one_sentence(compiler, tmp_path):
+    """Not in a traceback of ours."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("cmake", "ninja"):
+        if not (path := shutil.which(name)):
+            pytest.skip(f"{name} is not installed")
+        (tools / name).symlink_to(path)
+    if compiler == "broken":
+        (tools / "c++").write_text("#!/bin/sh\nexit 1\n")
+        (tools / "c++").chmod(0o755)
+    environment = {key: x for key, x in os.environ.items() if key not in ("CXX", "CUDA_HOME")}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--build-temp", str(tmp_path / "build")],
+        cwd=Path(__file__).parents[1],
+        env={**environment, "PATH": str(tools), "DCPO_CUDA": "OFF"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "Traceback" not in done.stderr
+    said = done.stderr.strip().splitlines()
+    if compiler == "none":
+        (said,) = said
+        assert said.startswith("dcpo-kernels needs a C++17 compiler")
+    else:
+        assert said[-1].startswith("dcpo-kernels: CMake found no way to build")
 
 
 def test_one_version(capsys):
@@ -90,7 +180,7 @@ except SystemExit:
 
 # Lowest first: a module imports from its own layer and from those below, never from above.
 LAYERS = [
-    {"_version", "objectives", "aggregation", "advantages", "critic", "metrics"},
+    {"_version", "files", "objectives", "aggregation", "advantages", "critic", "metrics"},
     {"_C", "kernels"},
     {"backends"},
     {"ops"},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dcpo_kernels.backends import native
+from dcpo_kernels.backends import _compiled
 
 TOOLS = Path("backends", "nvidia", "bin")
 # Registers a thread may have, by the launch bounds in csrc/cuda: 65,536 over the threads that are
@@ -28,13 +28,13 @@ def cuobjdump() -> Path:
     tool = Path(triton.__file__).parent / TOOLS / "cuobjdump"
     if not tool.is_file():
         pytest.skip("this triton has no cuobjdump")
-    if native._C is None or not native._C.cuda:
+    if _compiled.C is None or not _compiled.C.cuda:
         pytest.skip("the compiled module was built without CUDA (no nvcc)")
     return tool
 
 
 def dump(*arguments: str) -> str:
-    module = native._C.__file__
+    module = _compiled.C.__file__
     return subprocess.check_output([cuobjdump(), *arguments, module], text=True)
 
 

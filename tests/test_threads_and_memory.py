@@ -14,7 +14,7 @@ from conftest import CPU_ISAS, KERNELS, needs_kernels, on_kernels
 from torch.profiler import ProfilerActivity, profile
 
 import dcpo_kernels as dk
-from dcpo_kernels.backends import native
+from dcpo_kernels.backends import _compiled
 
 pytestmark = needs_kernels
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -98,7 +98,7 @@ GUARDED = """
 import ctypes, mmap, sys
 import torch
 import dcpo_kernels as dk
-from dcpo_kernels.backends import native
+from dcpo_kernels.backends import _compiled
 
 page, rows = mmap.PAGESIZE, 6
 vocab = page // 2  # a row of bfloat16 is a page
@@ -132,7 +132,7 @@ def run(name, logits):
 if sys.argv[1] == "read":
     protect(counts == 0, 0)
     print(float(logits.float().sum()))
-native._C.cpu_use_isa(sys.argv[1])
+_compiled.C.cpu_use_isa(sys.argv[1])
 for name in ("dcpo", "gspo", "skip", "selected"):
     closed = (counts == 0) | (advantages == 0) if name == "skip" else counts == 0
     protect(closed, 0)
@@ -191,10 +191,10 @@ def test_no_openmp_and_no_torch_in_the_compiled_module():
         assert "torch" not in sys.modules
         print(open("/proc/self/maps").read())
         """,
-        native._C.__file__,
+        _compiled.C.__file__,
     )
     libraries = {line.split("/", 1)[1] for line in maps.splitlines() if ".so" in line}
-    assert any(name.endswith(Path(native._C.__file__).name) for name in libraries)
+    assert any(name.endswith(Path(_compiled.C.__file__).name) for name in libraries)
     for word in ("omp", "torch", "tbb", "mkl", "libcuda", "cudart"):
         assert not [name for name in libraries if word in Path(name).name]
 
@@ -272,11 +272,11 @@ def test_called_from_several_threads_at_once(use_backend):
 
 
 def test_instruction_sets():
-    before = native._C.cpu_isa()
+    before = _compiled.C.cpu_isa()
     assert CPU_ISAS[-1] == "portable" and before in CPU_ISAS
     with pytest.raises(ValueError, match="instruction set 'sse9' is not available here; there is"):
-        native._C.cpu_use_isa("sse9")
-    assert native._C.cpu_isa() == before
+        _compiled.C.cpu_use_isa("sse9")
+    assert _compiled.C.cpu_isa() == before
 
 
 def test_instruction_set_from_the_environment():
@@ -285,8 +285,8 @@ def test_instruction_set_from_the_environment():
         import sys
         os.environ["DCPO_KERNELS_CPU_ISA"] = sys.argv[1]
         import torch, dcpo_kernels
-        from dcpo_kernels.backends import native
+        from dcpo_kernels.backends import _compiled
         dcpo_kernels.selected_logprobs(torch.zeros(1, 2), torch.tensor([0]))
-        print(native._C.cpu_isa())
+        print(_compiled.C.cpu_isa())
         """
     assert python(code, "portable") == "portable\n"

@@ -51,8 +51,13 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
 
 def test_latest(tmp_path):
     assert checkpoint.latest(tmp_path) is None
-    for name in ("step-9", "step-10", "step-11"):
+    whole = ["step-9", "step-10"]
+    others = ["step-10-backup", "step-", "step-011", "step--12", "step-1_3", "step-١٤"]
+    for name in (*whole, *others, "step-11"):
         (tmp_path / name).mkdir()
-    for name in ("step-9", "step-10"):
+    for name in (*whole, *others):
         (tmp_path / name / "trainer.pt").touch()
+    (tmp_path / "step-12").write_text("a file")
+    for link in ("step-best", "step-13"):
+        (tmp_path / link).symlink_to("step-9")
     assert checkpoint.latest(tmp_path) == tmp_path / "step-10"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -119,6 +122,42 @@ def test_other_files_are_refused(tmp_path):
     pq.write_table(pq.read_table(path)[:0], path)
     with pytest.raises(ProblemError, match="no rows"):
         read_problems(path)
+
+
+def test_damage_is_a_problem_error(tmp_path):
+    """Whatever it makes pyarrow raise, and where: text decodes long after the file was read."""
+    path = write_rows(tmp_path / "bad.parquet", [row(0), row(1)])
+    path.write_bytes(path.read_bytes().replace(b"What is", b"What \xff\xfe"))
+    with pytest.raises(ProblemError, match=r"bad\.parquet: not a readable parquet file"):
+        read_problems(path)
+    write_problems(path, PROBLEMS)
+    whole = path.read_bytes()
+    flip = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[flip.randrange(len(whole))] ^= 1 << flip.randrange(8)
+        path.write_bytes(damaged)
+        with contextlib.suppress(ProblemError):
+            read_problems(path)
+
+
+UNWRITABLE = {
+    "extra_info.index is of type str, that of row 0 int; a column has one type": {"index": "a"},
+    f"extra_info.index {2**63} does not fit in 64 bits": {"index": 2**63},
+    "reward_model.ground_truth holds half a surrogate pair: no Unicode text": {
+        "ground_truth": "7\ud83d"
+    },
+}
+
+
+@pytest.mark.parametrize("message", UNWRITABLE)
+def test_what_parquet_cannot_hold_is_named(tmp_path, message):
+    path = tmp_path / "problems.parquet"
+    bad = PROBLEMS[1]._replace(**UNWRITABLE[message])
+    with pytest.raises(ProblemError) as caught:
+        write_problems(path, [PROBLEMS[0], bad])
+    assert str(caught.value) == f"{path}: row 1: {message}"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writing_fails_without_a_trace(tmp_path, monkeypatch):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
 
 import pytest
-from train_world import TOKENIZER
+from train_world import TOKENIZER, disk_of
 
 from dcpo_kernels.train import demo, read_problems
 from dcpo_kernels.train.arithmetic import LARGEST, STYLES, as_problems, make_sums
 from dcpo_kernels.train.loop import read_metrics
 from dcpo_kernels.train.rewards import boxed_answer
 from dcpo_kernels.train.rollout import decode, encode
+from dcpo_kernels.train.warmup import make_model
 
 TINY = [
     "--warmup-problems=64",
@@ -40,7 +42,7 @@ def run(tmp_path, *options):
 
 
 def check_outputs(path, methods, steps):
-    table = (path / "table.txt").read_text()
+    table = (path / "table.txt").read_text(encoding="utf-8")
     assert (path / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((path / "results.json").read_text())
     for name in methods:
@@ -53,9 +55,15 @@ def check_outputs(path, methods, steps):
 
 
 def test_the_command(tmp_path):
+    """On a terminal that knows ASCII alone, and a locale that says the same of files."""
+    ascii = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-m", "dcpo_kernels.cli", "demo", *TINY]
     done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path)], capture_output=True, text=True, timeout=300
+        [*command, "--output-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **ascii, "PYTHONIOENCODING": "ascii"},
     )
     assert done.returncode == 0, done.stderr
     table, results = check_outputs(tmp_path, ["grpo", "dcpo"], 3)
@@ -72,6 +80,7 @@ def test_the_command(tmp_path):
     ):
         assert label in table
         assert label in done.stdout
+    assert "±" in table and "?" in done.stdout
     assert results["stopped"] == [] and set(results["after"]) == {"grpo", "dcpo"}
     assert "supervised warm-up" in done.stdout  # plain lines, where nobody watches a bar
     train, heldout = (read_problems(tmp_path / f"{name}.parquet") for name in ("train", "heldout"))
@@ -114,7 +123,46 @@ def test_impossible_options_are_refused(tmp_path, capsys):
     assert "--vocab-size 20 must be at least 30" in capsys.readouterr().err
     assert run(tmp_path, "--heldout", "1000000") == 2
     assert "there are no 1000080 distinct sums of 4 numbers" in capsys.readouterr().err
+    for option, value in (
+        ("hidden-size", "0"),
+        ("layers", "-1"),
+        ("steps", "-1"),
+        ("warmup-steps", "-5"),
+        ("minutes", "nan"),
+        ("minutes", "-1"),
+        ("samples", "0"),
+        ("vocab-size", "100000000000"),
+        ("seed", "-1"),
+        ("learning-rate", "inf"),
+    ):
+        assert run(tmp_path, f"--{option}={value}") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert option.replace("-", "_") in line.replace("-", "_") and "must be" in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("hidden_size", [1, 8, 33, 50, 97])
+def test_any_width_makes_a_model(hidden_size):
+    make_model(TOKENIZER, hidden_size, layers=1)
+
+
+def test_a_place_that_cannot_be_written_is_found_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo.Demo, "run", lambda self: pytest.fail("work was done"))
+    (tmp_path / "file").touch()
+    (tmp_path / "out" / "curves.png").mkdir(parents=True)
+    for place, why in (("file/below", "Not a directory"), ("out", "Is a directory")):
+        assert run(tmp_path / place) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("dcpo demo: ") and line.endswith(f"can't be written: {why}")
+
+
+def test_a_disk_that_fills_up_costs_no_results(tmp_path, capsys):
+    with disk_of(50_000):  # too little for the plots
+        assert run(tmp_path, "--methods", "dcpo") == 1
+    out, err = capsys.readouterr()
+    assert "held-out accuracy" in out and "Steps made: 3 dcpo" in out
+    assert err.startswith("dcpo demo: ") and "File too large" in err and err.count("\n") == 1
+    assert "after" in json.loads((tmp_path / "results.json").read_text())
 
 
 def test_sums_are_sums():

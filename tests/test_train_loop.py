@@ -6,7 +6,7 @@ import json
 import time
 
 import pytest
-from train_world import small_model, small_trainer
+from train_world import disk_of, small_model, small_trainer
 
 from dcpo_kernels.train import checkpoint, train
 from dcpo_kernels.train.loop import MetricsLog, read_metrics
@@ -103,3 +103,26 @@ def test_half_a_line_is_left_out(tmp_path):
     log.close()
     assert path.read_text() == '{"step": 1}\n{"step": 2, "reward": 0.5}\n'
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write({"step": 1})
+    before = path.read_bytes()
+    with disk_of(len(before) + 5), pytest.raises(OSError):
+        log.write({"step": 2})
+    assert path.read_bytes() == before
+    log.write({"step": 2})  # there is room again
+    log.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(
+    "broken", [b'{"step": 2, "rew{"step": 3}', b"\xff\0\0", b"[2]", b"{}", b'{"step": "2"}', b""]
+)
+def test_a_broken_line_is_named_and_skipped(tmp_path, broken):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + broken + b'\n{"step": 4}\n')
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl: line 2 is broken"):
+        assert read_metrics(path) == [{"step": 1}, {"step": 4}]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import resource
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,3 +50,14 @@ def small_trainer(method: str = "dcpo", model: Any = None, **parts: Any) -> Trai
 
 def without_times(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v for k, v in metrics.items() if "second" not in k}
+
+
+@contextmanager
+def disk_of(size: int):
+    """No file can grow beyond `size` bytes, as on a disk that is full: a write ends short."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

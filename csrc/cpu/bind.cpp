@@ -1,4 +1,5 @@
 // The CPU kernels for Python.
+#include "bind_responses.h"
 #include "bind_rows.h"
 #include "rows.h"
 
@@ -11,4 +12,7 @@ void bind_cpu(pybind11::module_& m) {
   bind::fused(m, "cpu_fused", cpu_fused, "threads");
   bind::stats(m, "cpu_stats", cpu_stats, "threads");
   bind::gradient(m, "cpu_gradient", cpu_gradient, "threads");
+  bind::responses(m, "cpu_token_weights", bind::kTokenWeightsFields, cpu_token_weights);
+  bind::responses(m, "cpu_decide", bind::kDecideFields, cpu_decide);
+  bind::responses(m, "cpu_finish", bind::kFinishFields, cpu_finish);
 }

@@ -1,4 +1,5 @@
 // The GPU side of dcpo_kernels._C.
+#include "bind_responses.h"
 #include "bind_rows.h"
 #include "cuda/device.h"
 #include "cuda/plan.h"
@@ -52,4 +53,8 @@ void bind_cuda(py::module_& m) {
       },
       py::kw_only(), "rows"_a, "vocab"_a, "dtype"_a, "x"_a, "strides"_a, "scale"_a, "device"_a,
       "stream"_a, "Multiplies rows in place by a float32 that lies on the device.");
+  bind::responses(m, "cuda_token_weights", bind::kTokenWeightsFields, cuda_token_weights, "device",
+                  "stream");
+  bind::responses(m, "cuda_decide", bind::kDecideFields, cuda_decide, "device", "stream");
+  bind::responses(m, "cuda_finish", bind::kFinishFields, cuda_finish, "device", "stream");
 }

@@ -194,6 +194,9 @@ inline float __shfl_sync(unsigned, float x, int lane) {
 inline float __shfl_xor_sync(unsigned mask, float x, int step) {
   return __shfl_sync(mask, x, emu::self().lane ^ step);
 }
+inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t x, int step) {
+  return __float_as_uint(__shfl_xor_sync(mask, __uint_as_float(x), step));
+}
 inline uint32_t __ballot_sync(unsigned, bool vote) {
   return emu::exchange(vote, [](auto& all) {
     uint32_t ballot = 0;

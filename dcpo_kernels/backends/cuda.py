@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_kernels.backends import native
-from dcpo_kernels.backends.layout import row_count, row_strides
-
-_C = native._C
+from dcpo_kernels.backends import _compiled
+from dcpo_kernels.backends._compiled import C
+from dcpo_kernels.backends.layout import row_count
 
 # How many blocks hold a row of `fused`: -1 as the table in csrc/cuda/plan.h says, 0 the streaming
 # kernel. For tests and for measuring the table.
@@ -19,16 +18,16 @@ cluster = -1
 
 
 def unavailable(device: str = "cuda") -> str:
-    if _C is None:
-        return native.unavailable()
-    if not _C.cuda:
+    if C is None:
+        return _compiled.missing
+    if not C.cuda:
         return "the compiled module was built without CUDA (no nvcc then); DCPO_CUDA=ON insists"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
-    reason = _C.cuda_why_not(torch.cuda.current_device())
+    reason = C.cuda_why_not(torch.cuda.current_device())
     if reason:
         major, minor = torch.cuda.get_device_capability()
-        return f"built for {_C.cuda_archs}, this GPU is sm_{major}{minor}: {reason}"
+        return f"built for {C.cuda_archs}, this GPU is sm_{major}{minor}: {reason}"
     return ""
 
 
@@ -38,27 +37,40 @@ def _where(x: Tensor) -> dict[str, int]:
     return {"device": index, "stream": torch._C._cuda_getCurrentRawStream(index)}
 
 
-def fused(logits: Tensor, *rest: Any) -> None:
-    arguments = native.fused_arguments(logits, *rest)
-    _C.cuda_fused(**arguments, **_where(logits), cluster=cluster)
+def fused(logits: Tensor, *records: Any) -> None:
+    C.cuda_fused(
+        **_compiled.fused_arguments(logits, *records), **_where(logits), cluster=cluster
+    )
 
 
-def row_stats(logits: Tensor, *rest: Any) -> None:
-    _C.cuda_stats(**native.row_stats_arguments(logits, *rest), **_where(logits))
+def row_stats(logits: Tensor, *records: Any) -> None:
+    C.cuda_stats(**_compiled.row_stats_arguments(logits, *records), **_where(logits))
 
 
-def row_gradient(logits: Tensor, *rest: Any) -> None:
-    _C.cuda_gradient(**native.row_gradient_arguments(logits, *rest), **_where(logits))
+def row_gradient(logits: Tensor, *records: Any) -> None:
+    C.cuda_gradient(**_compiled.row_gradient_arguments(logits, *records), **_where(logits))
 
 
-def scale(x: Tensor, scale: Tensor) -> None:
+def token_weights(grouping: Any, values: Any, responses: Any, spread: Any) -> None:
+    arguments = _compiled.token_weights_arguments(grouping, values, responses, spread)
+    C.cuda_token_weights(**arguments, **_where(responses.weights))
+
+
+def decide(read: Any, *records: Any) -> None:
+    C.cuda_decide(**_compiled.decide_arguments(read, *records), **_where(read.logprobs))
+
+
+def finish(results: Any, *records: Any) -> None:
+    C.cuda_finish(**_compiled.finish_arguments(results, *records), **_where(results.token_loss))
+
+
+def multiply_(x: Tensor, factor: Tensor) -> None:
     dense = x.is_contiguous()
-    _C.cuda_scale(
+    C.cuda_multiply(
         rows=1 if dense else row_count(x),
         vocab=x.numel() if dense else x.shape[-1],
-        dtype=native.DTYPES[x.dtype],
-        x=x.data_ptr(),
-        strides=(1, 0, 0) if dense else row_strides(x),
-        scale=scale.data_ptr(),
+        dtype=_compiled.DTYPES[x.dtype],
+        x=(x.data_ptr(), 1, 0, 0) if dense else _compiled.view(x),
+        factor=factor.data_ptr(),
         **_where(x),
     )

@@ -1,189 +1,384 @@
-"""The oracle: every loss in plain PyTorch, read top to bottom like the equations, differentiated by
-autograd.
+"""The oracle: every operator in plain PyTorch, read top to bottom like the equations, with the
+gradient of `fused` from autograd.
 
 Works in the dtype of the logits, float64 included (bf16 and fp16 are computed in float32).
-Materializes several copies
-of the logits: for tests, and for CPUs without the compiled module.
+Materializes several copies of the logits: for tests, and where nothing else can serve.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dcpo_kernels.objectives import MIN_REST, Decision, Objective, decide
+from dcpo_kernels.decide import FULL_KL, FULL_TV, TOPK_KL, TOPK_TV, decide as decide_tokens
+from dcpo_kernels.objective import (
+    AGGREGATIONS,
+    CLIP_CAP,
+    CLIP_HIGH,
+    CLIP_LOW,
+    CLIP_REGION,
+    MIN_REST,
+    Numbers,
+)
+from dcpo_kernels.responses import response_weights
+
+if TYPE_CHECKING:
+    from dcpo_kernels.ops.decide import Decisions, RatioGroups, Read
+    from dcpo_kernels.ops.finish import Totals
+    from dcpo_kernels.ops.records import (
+        Coefficients,
+        Grouping,
+        Options,
+        Responses,
+        Results,
+        Rows,
+        Tokens,
+    )
+    from dcpo_kernels.ops.row_gradient import RowCoefficients
+    from dcpo_kernels.ops.row_stats import RowStats, Targets
+
+Temperature = float | Tensor  # one for all rows, or [N]
 
 
-class RowStats(NamedTuple):
-    """One softmax a row. All [N]."""
+def unavailable(device: str = "cpu") -> str:
+    return ""
+
+
+# ---- the formulas -------------------------------------------------------------------------------
+
+
+class Softmax(NamedTuple):
+    """One softmax per row. All [N]."""
 
     logprobs: Tensor  # log-probability of the target
     entropy: Tensor
-    lse: Tensor  # logsumexp of logits / temperature
+    row_max: Tensor  # of the logits
+    log_sum: Tensor  # logsumexp of (logits - row_max) / temperature
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def shifted(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """z = (x - max x) / temperature [N, V], and max x / temperature [N, 1]. Upcast first, and the
-    maximum away before
-    the temperature: a row shifted by 1e4 loses nothing."""
+def shifted(logits: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
+    """z = (x - max x) / temperature [N, V], and max x [N, 1]. Upcast first, and the maximum away
+    before the temperature: a row shifted by 1e4 loses nothing."""
     x = logits.to(compute_dtype(logits))
-    most = x.detach().amax(-1, keepdim=True)
-    return (x - most) / temperature, most / temperature
+    row_max = x.detach().amax(-1, keepdim=True)
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None]
+    return (x - row_max) / temperature, row_max
 
 
-def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+def log_softmax(logits: Tensor, temperature: Temperature) -> Tensor:
     """log softmax(logits / temperature). [N, V]"""
     return torch.log_softmax(shifted(logits, temperature)[0], dim=-1)
 
 
-def row_stats(logits: Tensor, target_ids: Tensor, temperature: float = 1.0) -> RowStats:
+def softmax_stats(
+    logits: Tensor, target_ids: Tensor, temperature: Temperature = 1.0
+) -> Softmax:
     """logits [N, V], target_ids [N]."""
-    z, most = shifted(logits, temperature)
+    z, row_max = shifted(logits, temperature)
     log_p = torch.log_softmax(z, dim=-1)
     p = log_p.exp()
     # H = -sum p log p; an entry with p = 0 has log p = -inf and contributes 0, to the gradient too
     entropy = -torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, log_p)).sum(-1)
-    return RowStats(
+    return Softmax(
         log_p.gather(-1, target_ids[:, None]).squeeze(-1),
         entropy,
-        (most + torch.logsumexp(z, -1, keepdim=True)).squeeze(-1),
+        row_max.squeeze(-1),
+        torch.logsumexp(z, -1),
     )
 
 
 def divergence(
-    objective: Objective,
+    kind: int,
     logits: Tensor,
     target_ids: Tensor,
     old_logprobs: Tensor,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     topk_ids: Tensor | None = None,
     topk_logprobs: Tensor | None = None,
     old_logits: Tensor | None = None,
 ) -> Tensor | None:
-    """Divergence of the policy p from the behaviour policy q a row, [N]; None where `decide` needs
-    none from outside.
+    """Divergence of the policy p from the behaviour policy q per row, [N]; None where `decide`
+    needs none from outside.
 
     Top-K (DPPO section 4.2): over the K given ids, the sampled token (added where it is not among
     them) and one bucket for the rest. Full: over the whole row of old_logits / temperature. KL is
     KL(q || p).
     """
-    if objective.needs_topk:
+    if kind in (TOPK_TV, TOPK_KL):
         assert topk_ids is not None and topk_logprobs is not None
         log_p = log_softmax(logits, temperature)
         ids, sampled = topk_ids.long(), target_ids[:, None]
         listed = (ids == sampled).any(-1, keepdim=True)
         new = torch.cat([log_p.gather(-1, ids), log_p.gather(-1, sampled)], -1)
         old = torch.cat([topk_logprobs, old_logprobs[:, None]], -1).to(new.dtype)
-        counts = torch.cat([torch.ones_like(ids, dtype=torch.bool), ~listed], -1)
-        p, q = torch.where(counts, new.exp(), 0.0), torch.where(counts, old.exp(), 0.0)
+        counted = torch.cat([torch.ones_like(ids, dtype=torch.bool), ~listed], -1)
+        p, q = torch.where(counted, new.exp(), 0.0), torch.where(counted, old.exp(), 0.0)
         rest_p = (1 - p.sum(-1)).clamp(min=MIN_REST)
         rest_q = (1 - q.sum(-1)).clamp(min=MIN_REST)
-        if objective.divergence == "topk_tv":
+        if kind == TOPK_TV:
             return 0.5 * ((p - q).abs().sum(-1) + (rest_p - rest_q).abs())
         inside = torch.where(q > 0, q * (old - new), 0.0).sum(-1)
         return inside + rest_q * (rest_q.log() - rest_p.log())
-    if objective.needs_old_logits:
+    if kind in (FULL_TV, FULL_KL):
         assert old_logits is not None
         log_p = log_softmax(logits, temperature)
         log_q = log_softmax(old_logits.to(log_p.dtype), temperature)
         p, q = log_p.exp(), log_q.exp()
-        if objective.divergence == "tv":
+        if kind == FULL_TV:
             return 0.5 * (p - q).abs().sum(-1)
         return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
     return None
 
 
-class Rows(NamedTuple):
-    """Per row, [N]; zero (ratio 1) where the row does not count. Only token_loss is
-    differentiable."""
-
-    token_loss: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    clipped: Tensor
+# ---- the operators ------------------------------------------------------------------------------
 
 
-def policy_rows(
-    objective: Objective,
+def _read_rows(x: Tensor | None, read: Tensor, nothing: float = 0.0) -> Tensor | None:
+    """[N, ..]: x with `nothing` in the rows that are not read, whatever stands there."""
+    if x is None:
+        return None
+    x = x.reshape(read.numel(), *x.shape[read.dim() :])
+    return torch.where(read.view(-1, *[1] * (x.dim() - 1)), x, nothing)
+
+
+@contextlib.contextmanager
+def _autograd(enabled: bool) -> Iterator[None]:
+    """Autograd inside of an operator, which may run below autograd's keys of the dispatcher."""
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard(), torch.set_grad_enabled(enabled):
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+
+
+def fused(
     logits: Tensor,
-    target_ids: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    counts: Tensor,
-    temperature: float = 1.0,
-    *,
-    response: Tensor | None = None,
-    num_responses: int = 0,
-    ref_logprobs: Tensor | None = None,
-    importance_weights: Tensor | None = None,
-    topk_ids: Tensor | None = None,
-    topk_logprobs: Tensor | None = None,
-    old_logits: Tensor | None = None,
-) -> Rows:
-    """The loss of every row. logits [N, V]; everything else [N] ([N, K] for the top K).
-
-    counts: bool, the rows that count; any value may stand in the others, NaN included.
-    response: the response each row belongs to, 0..num_responses-1; needed for
-        ratio_level="sequence".
-    """
-
-    def cleared(x: Tensor | None, value: float = 0.0) -> Tensor | None:
-        return None if x is None else torch.where(counts.view(-1, *[1] * (x.dim() - 1)), x, value)
-
-    dtype = compute_dtype(logits)
+    gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
+    rows: Rows,
+    tokens: Tokens,
+    numbers: Numbers,
+    options: Options,
+    results: Results,
+) -> None:
+    read, dtype = tokens.weights != 0, compute_dtype(logits)
     # Upcast here and nowhere else: then the gradient is rounded to the dtype of the logits once.
-    logits = torch.where(counts[:, None], logits, 0.0).to(dtype)
-    target_ids = torch.where(counts, target_ids, 0)
-    old_logprobs = torch.where(counts, old_logprobs, 0.0).to(dtype)
-    advantages = torch.where(counts, advantages, 0.0).to(dtype)
-    old_logits, topk_ids, topk_logprobs = (
-        cleared(old_logits),
-        cleared(topk_ids, 0),
-        cleared(topk_logprobs),
+    x = _read_rows(logits.detach(), read).to(dtype)
+    old_logits = _read_rows(rows.old_logits, read)
+    ids = _read_rows(rows.target_ids, read, 0)
+    topk = {"topk_ids": _read_rows(rows.topk_ids, read, 0)}
+    topk["topk_logprobs"] = _read_rows(rows.topk_logprobs, read)
+    old, advantages, _, ref, importance = (
+        None if token is None else _read_rows(token, read).to(dtype) for token in tokens
     )
-
-    stats = row_stats(logits, target_ids, temperature)
-    log_ratio = None
-    if objective.ratio_level == "sequence":
-        assert response is not None
-        # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t))
-        moved = torch.where(counts, stats.logprobs - old_logprobs, 0.0)
-        total = torch.zeros(num_responses, dtype=dtype, device=logits.device).index_add(
-            0, response, moved
+    temperature = _temperature(rows.temperatures, read, options.temperature, dtype)
+    with _autograd(gradient is not None):
+        x.requires_grad_(gradient is not None)
+        stats = softmax_stats(x, ids, temperature)
+        old = stats.logprobs.detach() if old is None else old
+        decision = decide_tokens(
+            numbers,
+            stats.logprobs,
+            old,
+            advantages,
+            entropy=stats.entropy,
+            ref_logprobs=ref,
+            importance_weights=importance,
+            divergence=divergence(
+                numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
+            ),
         )
-        n = torch.zeros_like(total).index_add(0, response, counts.to(dtype))
-        log_ratio = (total / n)[response]
-    decision: Decision = decide(
-        objective,
-        stats.logprobs,
-        old_logprobs,
+        loss = (tokens.weights.view(-1).to(dtype) * decision.loss).sum()
+        dx = None if gradient is None else torch.autograd.grad(loss, x)[0]
+    if gradient is not None:
+        gradient.copy_(dx.view(logits.shape))
+    found = (decision.loss, stats.logprobs, stats.entropy, decision.ratio, decision.clipped)
+    for result, values in zip(results, found, strict=True):
+        if result.numel():
+            result.copy_(_counted(values.detach(), read, 1 if values is decision.ratio else 0))
+
+
+def _counted(values: Tensor, read: Tensor, nothing: float = 0) -> Tensor:
+    return torch.where(read, values.view(read.shape), nothing)
+
+
+def _temperature(
+    temperatures: Tensor | None, read: Tensor, temperature: float, dtype: torch.dtype
+) -> Temperature:
+    if temperatures is None:
+        return temperature
+    return _read_rows(temperatures, read, 1.0).to(dtype)
+
+
+def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStats) -> None:
+    dtype = compute_dtype(logits)
+    read = torch.ones_like(targets.target_ids, dtype=torch.bool)
+    if targets.mask is not None:
+        read = targets.mask != 0
+    temperature = _temperature(targets.temperatures, read, options.temperature, dtype)
+    x, ids = _read_rows(logits, read).to(dtype), _read_rows(targets.target_ids, read, 0)
+    for result, values in zip(stats, softmax_stats(x, ids, temperature), strict=True):
+        if result.numel():
+            result.copy_(_counted(values, read))
+
+
+def row_gradient(
+    logits: Tensor,
+    gradient: Tensor,
+    coefficients: RowCoefficients,
+    factor: Tensor | None,
+    temperature: float,
+) -> None:
+    c, dtype = coefficients, compute_dtype(logits)
+    read = c.g != 0 if c.h is None else (c.g != 0) | (c.h != 0)
+    T = _temperature(c.temperatures, read, temperature, dtype)
+    T = T[:, None] if isinstance(T, Tensor) else T
+    x = _read_rows(logits, read).to(dtype)
+    row_max, log_sum, g = (
+        _read_rows(value, read)[:, None] for value in (c.row_max, c.log_sum, c.g)
+    )
+    log_p = (x - row_max) / T - log_sum
+    p = log_p.exp()
+    target = torch.zeros_like(p).scatter_(1, _read_rows(c.target_ids, read, 0)[:, None], 1.0)
+    dx = g * (target - p)
+    if c.h is not None:
+        h, entropy = _read_rows(c.h, read)[:, None], _read_rows(c.entropy, read)[:, None]
+        dx = dx - torch.where(p == 0, 0.0, h * p * (log_p + entropy))
+    if factor is not None:
+        dx = dx * factor
+    gradient.copy_(torch.where(read.view(-1, 1), dx / T, 0.0).view(logits.shape))
+
+
+def multiply_(x: Tensor, factor: Tensor) -> None:
+    x.mul_(factor.to(compute_dtype(x)))
+
+
+def token_weights(
+    grouping: Grouping, values: list[Tensor], responses: Responses, spread: list[Tensor]
+) -> None:
+    shape, device = responses.mask.shape, responses.mask.device
+    rows, count = responses.mask.numel(), responses.lengths.numel()
+    if grouping.lengths is None:
+        ends = (torch.arange(count, device=device) + 1) * (rows // max(count, 1))
+    else:  # whatever they are, no row outside is addressed
+        ends = grouping.lengths.cumsum(0).clamp(0, rows).cummax(0).values
+    responses.offsets.copy_(torch.cat([ends.new_zeros(1), ends]))
+    index = torch.searchsorted(ends, torch.arange(rows, device=device), right=True)
+    mask = index < count
+    if grouping.mask is not None:
+        mask = mask & (grouping.mask.reshape(-1) != 0)
+    responses.mask.copy_(mask.view(shape))
+    if not count:
+        responses.weights.zero_()
+        for result in spread:
+            result.zero_()
+        return
+    index = index.clamp(max=count - 1)
+    counts = torch.zeros_like(ends).index_add_(0, index, mask.to(torch.int64))
+    responses.lengths.copy_(counts)
+
+    read = mask
+    if grouping.skip_zero is not None:
+        live = grouping.skip_zero.reshape(-1) != 0
+        live = live[index] if grouping.skip_by_response else live
+        if grouping.skip_whole_responses:
+            live = (torch.zeros_like(ends).index_add_(0, index, (live & mask).long()) > 0)[index]
+        read = mask & live
+    totals = {
+        name: getattr(grouping, name)
+        if getattr(grouping, f"{name}_on_device") is None
+        else getattr(grouping, f"{name}_on_device")
+        for name in ("num_responses", "num_tokens", "max_length")
+    }
+    weight = response_weights(counts, AGGREGATIONS[grouping.aggregation], **totals)
+    responses.weights.copy_(torch.where(read, weight[index], 0.0).view(shape))
+    for result, value in zip(spread, values, strict=True):
+        result.copy_(value[index].view(shape))
+
+
+def decide(
+    read: Read,
+    tokens: Tokens,
+    numbers: Numbers,
+    groups: RatioGroups,
+    decisions: Decisions,
+    coefficients: Coefficients,
+) -> None:
+    live = tokens.weights != 0
+    dtype = read.logprobs.dtype
+    logprobs, entropy = _read_rows(read.logprobs, live), _read_rows(read.entropy, live)
+    old, advantages, _, ref, importance = (
+        None if token is None else _read_rows(token, live).to(dtype) for token in tokens
+    )
+    old = logprobs if old is None else old
+    log_ratio = None
+    if groups.by_response:
+        # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t))
+        log_ratio = _response_means(logprobs - old, groups.offsets, groups.lengths)
+        rows = torch.arange(live.numel(), device=live.device)
+        index = torch.searchsorted(groups.offsets[1:], rows, right=True)
+        log_ratio = log_ratio[index.clamp(max=len(log_ratio) - 1)]
+    decision = decide_tokens(
+        numbers,
+        logprobs,
+        old,
         advantages,
-        entropy=stats.entropy,
-        ref_logprobs=cleared(ref_logprobs),
-        importance_weights=cleared(importance_weights),
+        entropy=entropy,
+        ref_logprobs=ref,
+        importance_weights=importance,
         log_ratio=log_ratio,
-        divergence=divergence(
-            objective,
-            logits,
-            target_ids,
-            old_logprobs,
-            temperature,
-            topk_ids,
-            topk_logprobs,
-            old_logits,
-        ),
     )
-    return Rows(
-        torch.where(counts, decision.loss, 0.0),
-        torch.where(counts, stats.logprobs, 0.0).detach(),
-        torch.where(counts, stats.entropy, 0.0).detach(),
-        torch.where(counts, decision.ratio, 1.0),
-        torch.where(counts, decision.clipped, 0).to(torch.int8),
+    for result, values in zip(
+        decisions, (decision.loss, decision.ratio, decision.clipped), strict=True
+    ):
+        result.copy_(_counted(values, live, 1 if values is decision.ratio else 0))
+    coefficients.g.copy_(_counted(decision.g, live) * tokens.weights)
+    if coefficients.h.numel():
+        coefficients.h.copy_(-numbers.entropy_coef * tokens.weights)
+
+
+def _response_means(x: Tensor, offsets: Tensor, lengths: Tensor) -> Tensor:
+    """[R] sums of each response's rows, in a fixed order, over how many of them count."""
+    rows = torch.cat([offsets.diff(), len(x) - offsets[-1:]])  # those of no response come last
+    sums = torch.segment_reduce(x, "sum", lengths=rows, unsafe=True, initial=0.0)
+    return sums[:-1] / lengths.clamp(min=1)
+
+
+def finish(results: Results, responses: Responses, totals: Totals) -> None:
+    token_loss, logprobs, entropy, ratio, clipped = (x.reshape(-1) for x in results)
+    weights = responses.weights.reshape(-1)
+    read = weights != 0
+    nothing = torch.zeros_like(token_loss)
+    totals.loss.copy_(torch.where(read, weights.to(token_loss.dtype) * token_loss, nothing).sum())
+    totals.response_loss.copy_(
+        _response_means(token_loss, responses.offsets, responses.lengths)
     )
+    any_read = read.any() if read.numel() else read.new_zeros(())
+    lowest = highest = ratio.new_ones(())
+    if ratio.numel():
+        lowest = torch.where(any_read, torch.where(read, ratio, torch.inf).amin(), 1.0)
+        highest = torch.where(any_read, torch.where(read, ratio, -torch.inf).amax(), 1.0)
+    summary = [
+        totals.loss,
+        responses.lengths.sum(),
+        read.sum(),
+        logprobs.sum(),
+        entropy.sum(),
+        torch.where(read, ratio, nothing).sum(),
+        lowest,
+        highest,
+        torch.where(read, ratio - 1 - ratio.log(), nothing).sum(),
+        *((read & (clipped == side)).sum() for side in SIDES),
+    ]
+    totals.summary.copy_(torch.stack([value.to(totals.summary.dtype) for value in summary]))
+
+
+SIDES = (CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION)

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcpo_kernels.backends.layout import row_count, row_strides
 
+if TYPE_CHECKING:
+    from dcpo_kernels.objective import Numbers
+    from dcpo_kernels.ops.decide import Decisions, RatioGroups, Read
+    from dcpo_kernels.ops.finish import Totals
+    from dcpo_kernels.ops.records import Coefficients, Grouping, Responses, Results, Tokens
+
 kernels: Any = None
+response_kernels: Any = None
 try:
     import triton
 
-    from dcpo_kernels.kernels import row as kernels
+    from dcpo_kernels.kernels import responses as response_kernels, row as kernels
 except ImportError as error:
     _missing = f"triton can't be imported ({error}); `pip install triton` brings it"
     _interpreted = False
@@ -139,14 +146,27 @@ def _launch(
         name, vocab, size, aligned[0], registers, _device(index), program_threads
     )
     constants = (*constants, *aligned, aligned[0] and vocab * size % 16 == 0, *shape)
-    grid = (min(row_count(x), programs), 1, 1)
-    key = (name, index, x.dtype, constants, tuple(map(type, arguments)))
+    _run(kernels, name, x, arguments, constants, min(row_count(x), programs), options)
+
+
+def _run(
+    module: Any,
+    name: str,
+    x: Tensor,
+    arguments: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    programs: int,
+    options: dict[str, Any],
+) -> None:
+    """On torch's current stream of the current device, which is x's."""
+    grid = (programs, 1, 1)
+    key = (name, x.get_device(), x.dtype, constants, tuple(map(type, arguments)))
     arguments = (*arguments, *constants)
     if key in _compiled:
         compiled, count = _compiled[key]
         compiled[grid](*arguments[:count])
         return
-    compiled = getattr(kernels, name)[grid](*arguments, **options)
+    compiled = getattr(module, name)[grid](*arguments, **options)
     if compiled is not None:  # as in the interpreter
         _compiled[key] = compiled, len(compiled.src.signature)
 
@@ -295,3 +315,129 @@ def scale(x: Tensor, scale: Tensor) -> None:
     strides, aligned = _layout(x)
     arguments = (x, scale, row_count(x), x.shape[-1], *strides)
     _launch("scale", x, arguments, aligned=(aligned,))
+
+
+# ---- around the vocabulary kernel ---------------------------------------------------------------
+
+# Rows that a program takes at once, and its warps.
+_SMALL = {"token_weights": (4096, 16), "decide": (1024, 4), "finish": (2048, 8)}
+_VALUES = 4  # that token_weights can spread
+
+
+def _launch_small(
+    name: str, x: Tensor, programs: int, arguments: tuple[Any, ...], *constants: Any
+) -> None:
+    index = x.get_device()
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return _launch_small(name, x, programs, arguments, *constants)
+    if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments):
+        raise TypeError(f"{name} takes float32 for Triton's kernels, got float64")
+    block, warps = _SMALL[name]
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    _run(response_kernels, name, x, arguments, (*constants, block), programs, options)
+
+
+def _filled(x: Tensor) -> Tensor | None:
+    return x if x.numel() else None
+
+
+def _number(x: int | None) -> float | None:
+    return None if x is None else float(x)
+
+
+def token_weights(
+    grouping: Grouping, values: list[Tensor], responses: Responses, spread: list[Tensor]
+) -> None:
+    if len(values) > _VALUES:
+        raise ValueError(f"token_weights spreads up to {_VALUES} values, got {len(values)}")
+    missing = [None] * (_VALUES - len(values))
+    count = responses.lengths.numel()
+    _launch_small(
+        "token_weights",
+        responses.weights,
+        1,
+        (
+            None if grouping.mask is None else grouping.mask.view(torch.uint8),
+            grouping.lengths,
+            _number(grouping.num_responses),
+            _number(grouping.num_tokens),
+            _number(grouping.max_length),
+            grouping.num_responses_on_device,
+            grouping.num_tokens_on_device,
+            grouping.max_length_on_device,
+            grouping.skip_zero,
+            responses.weights,
+            responses.mask.view(torch.uint8),
+            responses.offsets,
+            responses.lengths,
+            *values,
+            *missing,
+            *spread,
+            *missing,
+            responses.mask.numel(),
+            count,
+        ),
+        grouping.aggregation,
+        grouping.skip_by_response,
+        grouping.skip_whole_responses,
+        4 if count <= 32 else 64,  # responses that a program takes at once
+    )
+
+
+def decide(
+    read: Read,
+    tokens: Tokens,
+    numbers: Numbers,
+    groups: RatioGroups,
+    decisions: Decisions,
+    coefficients: Coefficients,
+) -> None:
+    rows, count = read.logprobs.numel(), groups.lengths.numel()
+    surrogate, divergence, *values = numbers
+    by_rows = -(-rows // _SMALL["decide"][0])
+    _launch_small(
+        "decide",
+        read.logprobs,
+        max(count, 1) if groups.by_response else by_rows,
+        (
+            *read,
+            *tokens,
+            groups.offsets,
+            groups.lengths,
+            *decisions,
+            coefficients.g,
+            _filled(coefficients.h),
+            rows,
+            count,
+            *values,
+        ),
+        surrogate,
+        divergence,
+        numbers.kl_coef != 0,
+        numbers.entropy_coef != 0,
+        numbers.penalty_coef != 0,
+        groups.by_response,
+    )
+
+
+def finish(results: Results, responses: Responses, totals: Totals) -> None:
+    count = responses.lengths.numel()
+    _launch_small(
+        "finish",
+        results.token_loss,
+        1 + count,
+        (
+            results.token_loss,
+            results.logprobs,
+            _filled(results.entropy),
+            results.ratio,
+            results.clipped,
+            responses.weights,
+            responses.offsets,
+            responses.lengths,
+            *totals,
+            results.token_loss.numel(),
+            count,
+        ),
+    )

@@ -7,112 +7,97 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
-from dcpo_kernels.backends.layout import row_count
-from dcpo_kernels.ops.library import check_ids, define
-
-# N = rows of logits; tensors of N contiguous, which policy_loss sees to and nothing here checks.
-# weights 0: the row is not read, its results are 0 and its ratio 1.
-_ARGUMENTS = (
-    "Tensor target_ids, "  # [N] int64
-    "Tensor old_logprobs, Tensor advantages, Tensor weights, "  # [N] float32
-    "Tensor? ref_logprobs, Tensor? importance_weights, "  # [N] float32
-    "Tensor? topk_ids, Tensor? topk_logprobs, "  # [N, K] int64, float32
-    "Tensor? old_logits, "  # like logits
-    # objectives.kernel_arguments
-    "int surrogate, int divergence, float eps_low, float eps_high, float ratio_max, float "
-    "ratio_cap, "
-    "float limit_low, float limit_high, float kl_coef, float entropy_coef, float penalty_coef, "
-    "float temperature, bool with_entropy, bool skip_zero_advantage, "
+from dcpo_kernels.objective import Numbers
+from dcpo_kernels.ops.library import check_distinct, check_ids, check_places, check_tensors, define
+from dcpo_kernels.ops.records import (
+    Options,
+    Results,
+    Rows,
+    Tokens,
+    result_dtype,
+    schema_of,
+    unpack,
 )
-# [N] float32, entropy [0] unless asked for (or needed by the objective); clipped int8
-_RESULTS = "Tensor token_loss, Tensor logprobs, Tensor entropy, Tensor ratio, Tensor clipped"
 
 
-def _results(
-    logits: Tensor, weights: Tensor, entropy_coef: float, with_entropy: bool
-) -> tuple[Tensor, ...]:
-    rows = row_count(logits)
-    return (
-        weights.new_empty(rows),
-        weights.new_empty(rows),
-        weights.new_empty(rows if with_entropy or entropy_coef != 0 else 0),
-        weights.new_empty(rows),
-        weights.new_empty(rows, dtype=torch.int8),
+def _results(logits: Tensor, options: Options) -> Results:
+    shape, dtype = logits.shape[:-1], result_dtype(logits)
+    return Results(
+        token_loss=logits.new_empty(shape, dtype=dtype),
+        logprobs=logits.new_empty(shape, dtype=dtype),
+        entropy=logits.new_empty(shape if options.with_entropy else (0,), dtype=dtype),
+        ratio=logits.new_empty(shape, dtype=dtype),
+        clipped=logits.new_empty(shape, dtype=torch.int8),
     )
 
 
-def _run(logits, gradient, target_ids, old_logprobs, advantages, weights, *rest):
-    (
-        ref_logprobs,
-        importance_weights,
-        topk_ids,
-        topk_logprobs,
-        old_logits,
-        *objective,
-        temperature,
-        with_entropy,
-        skip_zero_advantage,
-        backend,
-    ) = rest
-    check_ids(target_ids, weights, logits.shape[-1], "target_ids")
-    if topk_ids is not None:
-        check_ids(topk_ids, weights, logits.shape[-1], "topk_ids")
-    out = _results(logits, weights, objective[-2], with_entropy)
+def _gradient(logits: Tensor, with_gradient: bool) -> Tensor:
+    """Contiguous, whatever the logits are."""
+    shape = logits.shape if with_gradient else (0,)
+    return torch.empty(shape, dtype=logits.dtype, device=logits.device)
+
+
+def _run(
+    logits: Tensor,
+    gradient: Tensor | None,
+    rows: Rows,
+    tokens: Tokens,
+    numbers: Numbers,
+    options: Options,
+    backend: str,
+) -> Results:
+    count, vocab = logits.shape[:-1].numel(), logits.shape[-1]
+    k = 0 if rows.topk_ids is None else rows.topk_ids.shape[-1]
+    per_row = {**rows._asdict(), **tokens._asdict()}
+    old_logits = per_row.pop("old_logits")
+    if old_logits is not None and old_logits.shape != logits.shape:
+        raise ValueError(f"old_logits {list(old_logits.shape)} and logits {list(logits.shape)}")
+    check_tensors(
+        logits.device,
+        **{name: (x, count * k if "topk" in name else count) for name, x in per_row.items()},
+    )
+    check_ids("target_ids", rows.target_ids, vocab, tokens.weights)
+    if rows.topk_ids is not None:
+        check_ids("topk_ids", rows.topk_ids, vocab, tokens.weights)
+        check_distinct("topk_ids", rows.topk_ids, tokens.weights)
+    results = _results(logits, options)
     if logits.numel():
-        backends.kernels(backend, logits.device.type).fused(
-            logits,
-            gradient,
-            target_ids,
-            old_logprobs,
-            advantages,
-            weights,
-            ref_logprobs,
-            importance_weights,
-            topk_ids,
-            topk_logprobs,
-            old_logits,
-            objective,
-            temperature,
-            skip_zero_advantage,
-            *out,
-        )
-    return out
+        backends.kernels(backend).fused(logits, gradient, rows, tokens, numbers, options, results)
+    return results
 
 
-def _launch(logits, *rest):
-    *arguments, with_gradient, backend = rest
-    gradient = torch.empty(
-        logits.shape if with_gradient else (0,), dtype=logits.dtype, device=logits.device
-    )
-    out = _run(logits, gradient if with_gradient else None, *arguments, backend)
-    return *out, gradient
+def _launch(logits, *flat):
+    rows, tokens, numbers, options, (with_gradient, backend) = unpack(flat, *_RECORDS)
+    gradient = _gradient(logits, with_gradient)
+    written = gradient if with_gradient else None
+    return *_run(logits, written, rows, tokens, numbers, options, backend), gradient
 
 
-def _fake(logits, *rest):
-    weights, entropy_coef, with_entropy, with_gradient = rest[3], rest[-7], rest[-4], rest[-2]
-    gradient = torch.empty(
-        logits.shape if with_gradient else (0,), dtype=logits.dtype, device=logits.device
-    )
-    return *_results(logits, weights, entropy_coef, with_entropy), gradient
+def _fake(logits, *flat):
+    _, _, _, options, (with_gradient, _) = unpack(flat, *_RECORDS)
+    return *_results(logits, options), _gradient(logits, with_gradient)
 
 
-def _launch_in_place(logits, *rest):
-    return _run(logits, logits, *rest)
+def _launch_in_place(logits, *flat):
+    rows, tokens, numbers, options, (backend,) = unpack(flat, *_RECORDS)
+    check_places(logits)
+    return tuple(_run(logits, logits, rows, tokens, numbers, options, backend))
 
 
-def _fake_in_place(logits, *rest):
-    weights, entropy_coef, with_entropy = rest[3], rest[-6], rest[-3]
-    return _results(logits, weights, entropy_coef, with_entropy)
+def _fake_in_place(logits, *flat):
+    _, _, _, options, _ = unpack(flat, *_RECORDS)
+    return tuple(_results(logits, options))
 
 
+_RECORDS = (Rows, Tokens, Numbers, Options)
 fused = define(
-    f"fused(Tensor logits, {_ARGUMENTS} bool with_gradient, str backend) -> ({_RESULTS}, Tensor "
-    f"gradient)",
+    f"fused(Tensor logits, {schema_of(*_RECORDS)}, bool with_gradient, str backend)"
+    f" -> ({schema_of(Results)}, Tensor gradient)",
     _launch,
     _fake,
 )
 fused_ = define(
-    f"fused_(Tensor(a!) logits, {_ARGUMENTS} str backend) -> ({_RESULTS})",
+    f"fused_(Tensor(a!) logits, {schema_of(*_RECORDS)}, str backend) -> ({schema_of(Results)})",
     _launch_in_place,
     _fake_in_place,
 )

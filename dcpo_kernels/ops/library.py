@@ -27,21 +27,81 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def check_ids(ids: Tensor, counts: Tensor | None, vocab: int, name: str) -> None:
-    """IndexError for an id outside the vocabulary in a row that counts.
+# Of the tensors that are not float32.
+_DTYPES = {
+    "target_ids": (torch.int64,),
+    "topk_ids": (torch.int64,),
+    "mask": (torch.bool, torch.uint8),
+    "lengths": (torch.int64,),
+    "offsets": (torch.int64,),
+    "clipped": (torch.int8,),
+}
+_FLOATS = (torch.float32, torch.float64)
 
-    ids [N] or [N, K], counts [N], nonzero where the row counts. On a GPU looking would mean waiting
-    for it: there the kernels give such a row a loss of NaN, and only DCPO_KERNELS_CHECK=1 looks.
-    """
-    if torch.compiler.is_compiling():  # the reference, which is traced whole
-        return
+
+def check_tensors(device: torch.device, **named: tuple[Tensor | None, int]) -> None:
+    """Each tensor has its dtype, its number of elements, and lies contiguous on the device: the
+    kernels get nothing but addresses. The losses see to it; this is for who calls an operator."""
+    for name, (x, count) in named.items():
+        if x is None:
+            continue
+        if x.dtype not in _DTYPES.get(name, _FLOATS):
+            raise TypeError(f"{name} must be {_DTYPES.get(name, _FLOATS)[0]}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{name} is on {x.device}, the logits are on {device}")
+        if x.numel() != count or not x.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous and hold {count} values, got shape {list(x.shape)} "
+                f"with strides {list(x.stride())}"
+            )
+
+
+def check_places(logits: Tensor) -> None:
+    """ValueError where two rows of logits share memory, and so can't both be overwritten."""
+    reach = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < reach:
+            raise ValueError(
+                f"inplace=True needs logits with a place for each row, got strides "
+                f"{list(logits.stride())}"
+            )
+        reach += stride * (size - 1)
+
+
+def check_distinct(name: str, ids: Tensor, read: Tensor) -> None:
+    """ValueError for an id that a row [.., K] has twice: its probability would count twice. Looked
+    at where check_ids looks."""
     if ids.device.type != "cpu" and os.environ.get("DCPO_KERNELS_CHECK") != "1":
         return
+    in_order = ids.view(read.numel(), -1).sort(-1).values
+    twice = (in_order.diff(dim=-1) == 0) & (read.view(-1, 1) != 0)
+    if twice.any():
+        row, k = twice.nonzero()[0].tolist()
+        raise ValueError(f"{name}[{row}] has the id {int(in_order[row, k])} more than once")
+
+
+def check_ids(name: str, ids: Tensor, vocab: int, read: Tensor | None) -> None:
+    """IndexError for an id outside the vocabulary in a row that is read.
+
+    ids [N] or [N, K]; read [N], nonzero where the row is read. On a GPU looking would mean waiting
+    for it: there the kernels give such a row a loss of NaN, and only DCPO_KERNELS_CHECK=1 looks.
+    """
+    if ids.device.type != "cpu" and os.environ.get("DCPO_KERNELS_CHECK") != "1":
+        return
+    if not ids.numel():
+        return
+    lowest, highest = torch.aminmax(ids)
+    if lowest >= 0 and highest < vocab:
+        return
     bad = (ids < 0) | (ids >= vocab)
-    if counts is not None:
-        bad &= (counts != 0).view(-1, *[1] * (ids.dim() - 1))
+    if read is not None:
+        bad = bad.view(read.numel(), -1) & (read.view(-1, 1) != 0)
+    else:
+        bad = bad.view(-1, 1)
     if bad.any():
-        at = bad.nonzero()[0].tolist()
+        row, k = bad.nonzero()[0].tolist()
+        at = [row, k] if name == "topk_ids" else [row]
         raise IndexError(
-            f"{name}{at} is {int(ids[tuple(at)])}, outside the vocabulary of {vocab} (row {at[0]})"
+            f"{name}{at} is {int(ids.view(bad.shape)[row, k])}, outside the vocabulary of {vocab} "
+            f"(row {row})"
         )

@@ -3,44 +3,60 @@ rows."""
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 
 from dcpo_kernels import backends
-from dcpo_kernels.backends.layout import row_count
-from dcpo_kernels.ops.library import check_ids, define
+from dcpo_kernels.ops.library import check_ids, check_tensors, define
+from dcpo_kernels.ops.records import Options, result_dtype, schema_of, unpack
 
 
-def _results(logits: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
-    rows = row_count(logits)
+class Targets(NamedTuple):
+    """Which rows are read, and for what."""
 
-    def new(size):
-        return torch.empty(size, dtype=torch.float32, device=logits.device)
+    target_ids: Tensor  # [N] int64
+    mask: Tensor | None  # [N] bool or uint8; the results of other rows are 0; None: all are read
+    temperatures: Tensor | None  # [N] float32; None: Options.temperature for all of them
 
-    return new(rows), new(rows if with_entropy else 0), new(rows), new(rows)
+
+class RowStats(NamedTuple):
+    """lse = row_max / temperature + log_sum, in two parts: added up, a row shifted by 1e4 would
+    lose four digits. [N] float32, float64 for float64 logits."""
+
+    logprobs: Tensor
+    entropy: Tensor  # [0] unless asked for
+    row_max: Tensor
+    log_sum: Tensor
 
 
-def _launch(logits, target_ids, counts, temperature, with_entropy, backend):
-    check_ids(target_ids, counts, logits.shape[-1], "target_ids")
-    out = _results(logits, with_entropy)
+def _results(logits: Tensor, options: Options) -> RowStats:
+    def new(shape):
+        return logits.new_empty(shape, dtype=result_dtype(logits))
+
+    shape = logits.shape[:-1]
+    return RowStats(new(shape), new(shape if options.with_entropy else (0,)), new(shape), new(shape))
+
+
+def _launch(logits, *flat):
+    targets, options, (backend,) = unpack(flat, Targets, Options)
+    count, vocab = logits.shape[:-1].numel(), logits.shape[-1]
+    check_tensors(logits.device, **{name: (x, count) for name, x in targets._asdict().items()})
+    check_ids("target_ids", targets.target_ids, vocab, targets.mask)
+    stats = _results(logits, options)
     if logits.numel():
-        backends.kernels(backend, logits.device.type).row_stats(
-            logits, target_ids, counts, temperature, *out
-        )
-    return out
+        backends.kernels(backend).row_stats(logits, targets, options, stats)
+    return tuple(stats)
 
 
-def _fake(logits, target_ids, counts, temperature, with_entropy, backend):
-    return _results(logits, with_entropy)
+def _fake(logits, *flat):
+    _, options, _ = unpack(flat, Targets, Options)
+    return tuple(_results(logits, options))
 
 
-# target_ids [N] int64; counts [N] bool, rows that are read (the others give 0; None: all are).
-# lse = row_max / temperature + log_sum, in two parts: added up, a row shifted by 1e4 would lose
-# four digits.
 row_stats = define(
-    "row_stats(Tensor logits, Tensor target_ids, Tensor? counts, float temperature, bool "
-    "with_entropy, str backend)"
-    " -> (Tensor logprobs, Tensor entropy, Tensor row_max, Tensor log_sum)",
+    f"row_stats(Tensor logits, {schema_of(Targets, Options)}, str backend)"
+    f" -> ({schema_of(RowStats)})",
     _launch,
     _fake,
 )

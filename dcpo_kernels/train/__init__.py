@@ -4,7 +4,7 @@ from dcpo_kernels.train.config import TrainConfig, recipes
 from dcpo_kernels.train.data import Problem, ProblemError, read_problems, write_problems
 from dcpo_kernels.train.evaluate import evaluate
 from dcpo_kernels.train.loop import train
-from dcpo_kernels.train.rewards import reward
+from dcpo_kernels.train.rewards import reward, score
 from dcpo_kernels.train.step import Trainer
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "read_problems",
     "recipes",
     "reward",
+    "score",
     "train",
     "write_problems",
 ]

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 from pathlib import Path
 
 import torch
 
+from dcpo_kernels.files import written_whole
 from dcpo_kernels.train.step import Trainer
 
 
 def save(trainer: Trainer, directory: str | os.PathLike[str]) -> Path:
     """Model and tokenizer as transformers keep them, and the trainer's state beside."""
-    final = Path(directory)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        trainer.model.save_pretrained(temporary)
-        trainer.tokenizer.save_pretrained(temporary)
-        torch.save(trainer.state_dict(), temporary / "trainer.pt")
-        if final.exists():  # a directory can't be renamed onto another that holds something
-            old = final.with_name(f".{final.name}.old.{os.getpid()}")
-            os.rename(final, old)
-            os.rename(temporary, final)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
+    with written_whole(directory) as new:
+        new.mkdir()
+        trainer.model.save_pretrained(new)
+        trainer.tokenizer.save_pretrained(new)
+        torch.save(trainer.state_dict(), new / "trainer.pt")
+    return Path(directory)
 
 
 def load(trainer: Trainer, directory: str | os.PathLike[str]) -> None:
@@ -43,6 +32,12 @@ def load(trainer: Trainer, directory: str | os.PathLike[str]) -> None:
 
 
 def latest(directory: str | os.PathLike[str]) -> Path | None:
-    """The newest `step-N` in a directory."""
-    found = [p for p in Path(directory).glob("step-*") if (p / "trainer.pt").exists()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+    """The newest `step-N` that `save` made in a directory; other names, and links, don't count."""
+    found = [
+        (int(name[1]), path)
+        for path in Path(directory).glob("step-*")
+        if (name := re.fullmatch(r"step-(0|[1-9][0-9]*)", path.name))
+        and not path.is_symlink()
+        and (path / "trainer.pt").is_file()
+    ]
+    return max(found, default=(0, None))[1]

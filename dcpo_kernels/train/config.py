@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dcpo_kernels.objectives import Objective, dapo, dcpo, dppo, grpo, gspo
+from dcpo_kernels.objective import Objective
+from dcpo_kernels.presets import dapo, dcpo, dppo, grpo, gspo
 
 ADVANTAGES = ("smooth", "group")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+
+from dcpo_kernels.files import written_whole
 
 COLUMNS = ("data_source", "prompt", "ability", "reward_model", "extra_info")
 
@@ -42,6 +43,8 @@ def _text(struct: Any, key: str, inside: str = "") -> str:
         raise ProblemError(f"{field} must be a string, got {_kind(struct[key])}")
     if not struct[key].strip():
         raise ProblemError(f"{field} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in struct[key]):
+        raise ProblemError(f"{field} holds half a surrogate pair: no Unicode text")
     return struct[key]
 
 
@@ -63,6 +66,8 @@ def _problem(row: dict[str, Any]) -> Problem:
     index = info["index"]
     if not isinstance(index, (int, str)) or isinstance(index, bool):
         raise ProblemError(f"extra_info.index must be an integer or a string, got {_kind(index)}")
+    if isinstance(index, int) and not -(2**63) <= index < 2**63:
+        raise ProblemError(f"extra_info.index {index} does not fit in 64 bits")
     return Problem(
         index, prompt, ground_truth, _text(row, "data_source"), _text(row, "ability"), style
     )
@@ -83,6 +88,11 @@ def _check(rows: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> list
                 f"{path}: row {i}: extra_info.index {problem.index!r} is also that of row "
                 f"{seen[problem.index]}; advantages remember a problem by it: it must be unique"
             )
+        if problems and type(problem.index) is not type(problems[0].index):
+            raise ProblemError(
+                f"{path}: row {i}: extra_info.index is of type {_kind(problem.index)}, that of "
+                f"row 0 {_kind(problems[0].index)}; a column has one type"
+            )
         seen[problem.index] = i
         problems.append(problem)
     return problems
@@ -92,17 +102,18 @@ def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
     """All problems of a file; a ProblemError names the file, the row (from 0) and the field."""
     try:
         table = pq.read_table(path)
+        missing = [name for name in COLUMNS if name not in table.column_names]
+        rows = [] if missing else table.select(list(COLUMNS)).to_pylist()
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # damage shows anywhere, and not as pyarrow's own errors alone
         raise ProblemError(f"{path}: not a readable parquet file: {error}") from error
-    missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise ProblemError(
             f"{path}: every row from 0 on: no column {', '.join(missing)}; "
             f"there are {', '.join(table.column_names) or 'none'}"
         )
-    return _check(table.select(list(COLUMNS)).to_pylist(), path)
+    return _check(rows, path)
 
 
 def write_problems(path: str | os.PathLike[str], problems: Iterable[Problem]) -> None:
@@ -129,14 +140,8 @@ def write_problems(path: str | os.PathLike[str], problems: Iterable[Problem]) ->
             ("extra_info", pa.struct([("index", index)])),
         ]
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as new:
+        pq.write_table(pa.Table.from_pylist(rows, schema), new)
 
 
 class ProblemOrder:

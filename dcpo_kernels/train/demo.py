@@ -6,7 +6,6 @@ import argparse
 import copy
 import io
 import json
-import os
 import platform
 import sys
 import time
@@ -21,6 +20,7 @@ import transformers
 from rich.console import Console
 
 from dcpo_kernels import __version__, backends
+from dcpo_kernels.files import check_writable, written_whole
 from dcpo_kernels.train import report
 from dcpo_kernels.train.arithmetic import (
     MAX_NEW_TOKENS,
@@ -40,6 +40,7 @@ from dcpo_kernels.train.timing import loss_seconds
 from dcpo_kernels.train.warmup import PADDED_STEPS, make_model, warm_up
 
 OPERANDS = 4
+RESULTS = ("table.txt", "curves.png", "results.json")
 WARMUP_SHARE = 0.35  # of the time: no more, or nothing is left to see
 CURVE_PROBLEMS, CURVE_SAMPLES = 128, 4  # what the accuracy between the steps is measured on
 
@@ -86,16 +87,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     try:
         demo = Demo(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"dcpo demo: {error}", file=sys.stderr)
         return 2
     status = 0
     try:
-        demo.run()
-    except KeyboardInterrupt:
-        demo.say_stopped("interrupted")
-        status = 130
-    demo.finish()
+        try:
+            demo.run()
+        except KeyboardInterrupt:
+            demo.say_stopped("interrupted")
+            status = 130
+        except OSError as error:  # such as a disk that is full by now
+            demo.say_stopped(f"stopped: {error}")
+            status = 1
+        demo.finish()
+    except OSError as error:
+        print(f"dcpo demo: results in {args.output_dir} are not complete: {error}", file=sys.stderr)
+        return 1
     return status
 
 
@@ -120,19 +128,28 @@ class Demo:
         }
         self.configs = {name: recipes(**common)[name] for name in dict.fromkeys(args.methods)}
         self.tokenizer = make_tokenizer()
-        for option, least in (
-            ("vocab_size", len(self.tokenizer)),
-            ("problems", args.prompts_per_step),
-            ("heldout", 1),
-            ("samples", 1),
-            ("warmup_problems", 1),
+        for option, least, most in (
+            ("minutes", 0, 1e6),
+            ("steps", 0, 10**6),
+            ("problems", args.prompts_per_step, 10**7),
+            ("heldout", 1, 10**7),
+            ("samples", 1, 10**6),
+            ("warmup_problems", 1, 10**7),
+            ("warmup_steps", 0, 10**6),
+            ("hidden_size", 1, 2**13),
+            ("layers", 1, 2**7),
+            ("vocab_size", len(self.tokenizer), 2**20),
         ):
-            if getattr(args, option) < least:
+            if not least <= getattr(args, option) <= most:
                 name = "--" + option.replace("_", "-")
-                raise ValueError(f"{name} {getattr(args, option)} must be at least {least}")
+                bound = f"at least {least}" if getattr(args, option) < least else f"at most {most}"
+                raise ValueError(f"{name} {getattr(args, option)} must be {bound}")
         sizes = (args.warmup_problems, args.problems, args.heldout)
         sums = iter(make_sums(sum(sizes), OPERANDS, args.seed))
         self.sums = [list(islice(sums, size)) for size in sizes]
+        logs = [f"{name}/metrics.jsonl" for name in self.configs]
+        for name in ("train.parquet", "heldout.parquet", *RESULTS, *logs):
+            check_writable(self.out / name)
         self.results: dict[str, Any] = {
             "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
             "environment": {
@@ -276,29 +293,32 @@ class Demo:
     def finish(self) -> None:
         """Table and plots from whatever has been measured."""
         histories = {name: read_metrics(self.out / name / "metrics.jsonl") for name in self.configs}
-        with self.stage("report"):
-            plot(self.out / "curves.png", self.results, histories)
         rows = report.make_rows(self.results, histories)
         steps = ", ".join(f"{len(history)} {name}" for name, history in histories.items())
-        text = io.StringIO()
-        for console in (self.console, Console(file=text, width=120)):
+        notes = (
+            f"Steps made: {steps}. Wall clock: {time.monotonic() - self.started:.0f} s.",
+            report.verdict(rows, list(histories)),
+            *(f"Note: {what}." for what in self.results["stopped"]),
+        )
+
+        def show(console: Console) -> None:
             console.print(report.make_table(rows, list(histories)))
-            notes = (
-                f"Steps made: {steps}. Wall clock: {time.monotonic() - self.started:.0f} s.",
-                report.verdict(rows, list(histories)),
-                *(f"Note: {what}." for what in self.results["stopped"]),
-            )
             for note in filter(None, notes):
                 console.print(note, highlight=False)
-        _write(self.out / "table.txt", text.getvalue())
+
+        try:
+            with self.stage("report"):
+                plot(self.out / "curves.png", self.results, histories)
+            text = io.StringIO()
+            show(Console(file=text, width=120))
+            _write(self.out / "table.txt", text.getvalue())
+        finally:
+            show(self.console)
         self.console.print(
-            f"Everything is in {self.out}: table.txt, curves.png, results.json, */metrics.jsonl",
-            highlight=False,
+            f"Everything is in {self.out}: {', '.join(RESULTS)}, */metrics.jsonl", highlight=False
         )
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with written_whole(path) as new:
+        new.write_text(text, encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dcpo_kernels.train.data import Problem
-from dcpo_kernels.train.rewards import RIGHT, UNFORMATTED, reward
+from dcpo_kernels.train.rewards import RIGHT, UNFORMATTED, score
 from dcpo_kernels.train.rollout import decode, encode, end_ids, generate
 
 
@@ -45,7 +45,7 @@ def evaluate(
     generator = torch.Generator(model.device).manual_seed(seed)
     was_training = model.training
     model.eval()
-    rewards: list[list[float]] = []
+    rewards: list[float] = []
     tokens = 0
     many = max(1, batch_size // samples)
     for start in range(0, len(problems), many):
@@ -60,12 +60,12 @@ def evaluate(
             generator=generator,
         )
         tokens += sum(map(len, rollout.responses))
-        texts = iter(decode(tokenizer, rollout.responses))
-        rewards += [[reward(next(texts), p.ground_truth) for _ in range(samples)] for p in part]
+        truths = [p.ground_truth for p in part for _ in range(samples)]
+        rewards += score(decode(tokenizer, rollout.responses), truths)
         if advance:
             advance(len(part))
     model.train(was_training)
-    scores = torch.tensor(rewards)
+    scores = torch.tensor(rewards).view(len(problems), samples)
     right = (scores == RIGHT).double().mean(1)
     return Evaluation(
         float(right.mean()),

@@ -14,7 +14,7 @@ from dcpo_kernels.train.batch import collate, response_logits
 from dcpo_kernels.train.clock import Clock
 from dcpo_kernels.train.config import TrainConfig
 from dcpo_kernels.train.data import Problem, ProblemOrder
-from dcpo_kernels.train.rewards import reward
+from dcpo_kernels.train.rewards import score
 from dcpo_kernels.train.rollout import Rollout, decode, encode, end_ids, generate
 
 
@@ -91,7 +91,7 @@ class Sampler:
         with clock("rewards"):
             texts = decode(self.tokenizer, rollout.responses)
             truths = [p.ground_truth for p in problems for _ in range(config.group_size)]
-            scores = torch.tensor([reward(*pair) for pair in zip(texts, truths, strict=True)])
+            scores = torch.tensor(score(texts, truths))
         return problems, rollout, scores.view(len(problems), -1)
 
     @torch.no_grad()

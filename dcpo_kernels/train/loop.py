@@ -5,29 +5,36 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dcpo_kernels.files import written_whole
 from dcpo_kernels.train import checkpoint
 from dcpo_kernels.train.step import Metrics, Trainer
 
 
 class MetricsLog:
-    """One JSON object a line, written in one call, so that no reader meets half of one."""
+    """One JSON object per line, written in one call, so that no reader meets half of one."""
 
     def __init__(self, path: str | os.PathLike[str], steps: int = 0) -> None:
         """steps: where the run stands; lines of later steps, of a run that went on, are dropped."""
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(self.path) if line["step"] <= steps]
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_bytes(b"".join(map(_line, kept)))
-        os.replace(temporary, self.path)
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        kept = [line for line in read_metrics(path) if line["step"] <= steps]
+        with written_whole(path) as new:
+            new.write_bytes(b"".join(map(_line, kept)))
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, metrics: Metrics) -> None:
-        os.write(self._file, _line(metrics))
+        """OSError where the line does not fit on the disk: then nothing of it is there."""
+        before = os.fstat(self._file).st_size
+        left = _line(metrics)
+        try:
+            while left:  # a disk that is almost full takes a part
+                left = left[os.write(self._file, left) :]
+        except BaseException:
+            os.ftruncate(self._file, before)
+            raise
 
     def close(self) -> None:
         os.close(self._file)
@@ -38,11 +45,20 @@ def _line(metrics: Metrics) -> bytes:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Metrics]:
-    """The lines of a log; one that a crash cut short is left out."""
+    """The lines of a log. One that a crash cut short is left out, a broken one in the middle too,
+    with a warning that names it."""
     if not Path(path).exists():
         return []
-    whole, _, _ = Path(path).read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    found: list[Metrics] = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            metrics = json.loads(line)
+            if not isinstance(metrics["step"], int):
+                raise TypeError(f"step {metrics['step']!r} is no number")
+            found.append(metrics)
+        except (ValueError, LookupError, TypeError) as error:
+            warnings.warn(f"{path}: line {number} is broken and left out: {error}", stacklevel=2)
+    return found
 
 
 def train(

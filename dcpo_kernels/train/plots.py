@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from dcpo_kernels.files import written_whole
 from dcpo_kernels.train.clock import PHASES
 from dcpo_kernels.train.report import Histories
 
@@ -57,10 +57,9 @@ def plot(path: str | os.PathLike[str], results: dict[str, Any], histories: Histo
         if histories:
             axis.legend(frameon=False)
     _plot_time(axes.flat[5], results.get("loss_seconds", {}), histories)
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
+    with written_whole(path) as new:
+        figure.savefig(new, dpi=110)
     plt.close(figure)
-    os.replace(temporary, path)
 
 
 def _heldout(results: dict[str, Any], name: str, history: Sequence[Any]) -> Any:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import multiprocessing
+import os
 import re
+import subprocess
+import sys
 import threading
-
-from math_verify import parse, verify
+from collections.abc import Sequence
+from pathlib import Path
 
 RIGHT, WRONG, UNFORMATTED = 1.0, 0.0, -1.0
-TIMEOUT = 3  # seconds, the official code's
 MAX_ANSWER = 500  # characters: a policy that rambles must not keep sympy busy
+REMEMBERED = 100_000  # verdicts: the same answers come back step after step
 
 _BOX = re.compile(r"\\boxed\s*\{")
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
@@ -31,26 +37,106 @@ def boxed_answer(text: str) -> str | None:
     return text[start : i - 1].strip() or None if depth == 0 else None
 
 
-def same_answer(answer: str, ground_truth: str) -> bool:
-    """Whether two answers are mathematically equal, by math-verify where a glance doesn't tell."""
+def at_a_glance(answer: str, ground_truth: str) -> bool | None:
+    """Whether two answers are equal, None where it takes mathematics to tell."""
     if answer == ground_truth:
         return True
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(ground_truth):
         return int(answer) == int(ground_truth)
-    if len(answer) > MAX_ANSWER + len(ground_truth):
-        return False
-    # Its timeouts are alarms, which only the main thread may set.
-    timeout = TIMEOUT if threading.current_thread() is threading.main_thread() else None
-    gold, given = (
-        parse(f"\\boxed{{{x}}}", parsing_timeout=timeout)  # pyright: ignore[reportArgumentType]
-        for x in (ground_truth, answer)
-    )
-    return verify(gold, given, timeout_seconds=timeout)
+    return False if len(answer) > MAX_ANSWER + len(ground_truth) else None
+
+
+class Judge:
+    """The process of judge.py, started when first needed: one for all threads, a batch at a time.
+
+    It ends when its connection closes, so with this process, however that ends.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.known: dict[tuple[str, str], bool] = {}
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the answer of each pair, all different, equals its ground truth by math-verify;
+        False too where that takes more time or memory than judge.py allows."""
+        with self.lock:
+            if len(self.known) > REMEMBERED:
+                self.known.clear()
+            if new := [pair for pair in pairs if pair not in self.known]:
+                self.known.update(zip(new, self._asked(new), strict=True))
+            return [self.known[pair] for pair in pairs]
+
+    def _asked(self, pairs: list[tuple[str, str]]) -> list[bool]:
+        question = json.dumps(pairs).encode()
+        for _ in range(2):  # again with a new process, where something ended it
+            if self.process is None:
+                self._start()
+            try:
+                self.connection.send_bytes(question)
+                return json.loads(self.connection.recv_bytes())
+            except (EOFError, ConnectionError):
+                self.stop()
+            except BaseException:  # Ctrl-C: the answer would be taken for that to the next question
+                self.stop()
+                raise
+        raise RuntimeError("the process that compares answers ended twice; stderr says why")
+
+    def _start(self) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        script, descriptor = Path(__file__).with_name("judge.py"), theirs.fileno()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _RUN, script, str(descriptor), *sys.path],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[descriptor],
+                start_new_session=True,  # Ctrl-C is not for it
+            )
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.connection.close()
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+# Not `python judge.py`: its folder would then come first among those to import from.
+_RUN = (
+    "import runpy, sys; sys.path[:] = sys.argv[3:]; "
+    "runpy.run_path(sys.argv[1], run_name='__main__')"
+)
+_judge = Judge()
+atexit.register(lambda: _judge.stop())
+
+
+def _after_fork() -> None:
+    """A forked process gets a judge of its own: answers to two would be mixed up."""
+    global _judge
+    if _judge.process is not None:
+        _judge.connection.close()
+    _judge = Judge()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def score(responses: Sequence[str], ground_truths: Sequence[str]) -> list[float]:
+    """+1, 0 or -1 for each response's text.
+
+    An answer that math-verify does not manage within half a second of processor time and a GiB of
+    memory is wrong. The comparisons run in processes of their own, as many as there are cores: any
+    thread may call this, and no signal is used here. RuntimeError: these processes don't start.
+    """
+    answers = [boxed_answer(response) for response in responses]
+    pairs = list(zip(answers, ground_truths, strict=True))
+    equal = {(a, t): at_a_glance(a, t) for a, t in pairs if a is not None}
+    unclear = [pair for pair, verdict in equal.items() if verdict is None]
+    equal.update(zip(unclear, _judge(unclear), strict=True))
+    return [UNFORMATTED if a is None else RIGHT if equal[a, t] else WRONG for a, t in pairs]
 
 
 def reward(response: str, ground_truth: str) -> float:
-    """+1, 0 or -1 for a response's text."""
-    answer = boxed_answer(response)
-    if answer is None:
-        return UNFORMATTED
-    return RIGHT if same_answer(answer, ground_truth) else WRONG
+    """`score` of one response. Many take less time in one call of `score`, which uses all cores."""
+    return score([response], [ground_truth])[0]

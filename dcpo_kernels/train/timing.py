@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_kernels.aggregation import token_weights
+from dcpo_kernels.decide import decide
 from dcpo_kernels.losses import policy_loss
-from dcpo_kernels.objectives import Objective, decide
+from dcpo_kernels.objective import Objective
+from dcpo_kernels.responses import token_weights
 from dcpo_kernels.train.batch import collate, response_logits
 from dcpo_kernels.train.step import Trainer
 

@@ -22,12 +22,13 @@ PADDED_STEPS = 20  # at full width
 
 
 def make_model(tokenizer: Any, hidden_size: int, layers: int) -> Any:
+    heads = max(n for n in range(1, max(1, hidden_size // 16) + 1) if hidden_size % n == 0)
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
             n_embd=hidden_size,
             n_layer=layers,
-            n_head=max(1, hidden_size // 16),
+            n_head=heads,
             n_positions=32,
             activation_function="gelu",
             tie_word_embeddings=False,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import load_golden
+from conftest import load_golden, on_backends
 
 import dcpo_kernels as dk
-from dcpo_kernels.aggregation import response_weights
-from dcpo_kernels.objectives import AGGREGATIONS
+from dcpo_kernels.responses import response_weights
+from dcpo_kernels.objective import AGGREGATIONS
 
 CASES = load_golden("aggregation.json")["cases"]
 
@@ -40,6 +40,61 @@ def test_golden(case):
 def test_golden_holds_every_aggregation():
     assert {case["aggregation"] for case in CASES} == set(AGGREGATIONS)
     assert any(0 in case["lengths"] for case in CASES)
+
+
+INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS += (torch.int8, torch.int16, torch.int32)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_integers_of_any_width(aggregation, dtype):
+    """Their sum and the product of two normalizers exceed the narrow ones."""
+    lengths = torch.tensor([100, 0, 120, 100])
+    totals = {"num_responses": torch.tensor(100), "max_length": torch.tensor(120)}
+    expected = dk.token_weights(lengths, aggregation, **totals)
+    narrow = {key: value.to(dtype) for key, value in totals.items()}
+    found = dk.token_weights(lengths.to(dtype), aggregation, **narrow)
+    assert torch.equal(found, expected)
+    assert torch.equal(dk.token_weights(lengths.to(dtype).numpy(), aggregation, **totals), expected)
+
+    logits, ids = torch.randn(320, 5), torch.zeros(320, dtype=torch.int64)
+    objective = dk.dcpo(aggregation=aggregation)
+    arguments = logits, ids, torch.full((320,), -1.0), torch.ones(4)
+    a, b = (
+        dk.policy_loss(*arguments, lengths=n, objective=objective, **totals).loss
+        for n in (lengths, lengths.to(dtype))
+    )
+    assert torch.equal(a, b)
+
+
+def test_weights_stay_on_the_device_of_the_lengths():
+    """torch.as_tensor would move them to the default one."""
+    lengths, mask = torch.tensor([2, 1]), torch.tensor([[1, 1], [1, 0]])
+    with torch.device("meta"):  # as torch.set_default_device, which would stay
+        packed = dk.token_weights(lengths, "only-token-mean")
+        padded = dk.token_weights(mask, "only-token-mean")
+    assert packed.tolist() == [0.5, 0.5, 1] and padded.tolist() == [[0.5, 0.5], [1, 0]]
+
+
+@on_backends()
+@pytest.mark.parametrize("objective", [dk.dcpo(), dk.gspo()], ids=lambda o: o.name)
+@pytest.mark.parametrize("lengths", [[4, 2], torch.tensor([4, 2])], ids=["list", "tensor"])
+def test_a_loss_beside_another_default_device(use_backend, objective, lengths):
+    logits, ids = torch.randn(6, 5), torch.zeros(6, dtype=torch.int64)
+    old, advantages = torch.full((6,), -1.0), torch.ones(2)
+
+    def numbers():
+        x = logits.clone().requires_grad_()
+        out = dk.policy_loss(
+            x, ids, old, advantages, lengths=lengths, objective=objective, backend=use_backend
+        )
+        out.loss.backward()
+        return dk.summarize(out), x.grad.tolist()
+
+    expected = numbers()
+    with torch.device("meta"):
+        assert numbers() == expected
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

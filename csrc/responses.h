@@ -1,0 +1,294 @@
+// The operators around the vocabulary kernel, which take some bytes per row and response: what they
+// are given, and what they say of one response or row. dcpo_kernels/backends/reference.py is the
+// same in PyTorch.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "objective.h"
+
+namespace dcpo {
+
+// ---- what they are given ------------------------------------------------------------------------
+// Named as the records of dcpo_kernels/ops/. A null pointer is a tensor that is not there. `rows`
+// is the number of rows, one per token, `count` that of responses.
+
+enum Aggregation : int {  // places in objective.AGGREGATIONS
+  kOnlyTokenMean,
+  kSeqMeanTokenMean,
+  kTokenMean,
+  kTokenSum,
+  kSeqMeanTokenSumNorm
+};
+
+constexpr int64_t kAsCounted = INT64_MIN;  // a total that nobody gave
+constexpr int kMaxValues = 4;              // advantages, importance weights, temperatures, one more
+
+struct Grouping {
+  const uint8_t* mask;
+  const int64_t* lengths;
+  int aggregation;
+  int64_t num_responses, num_tokens, max_length;
+  const float *num_responses_on_device, *num_tokens_on_device, *max_length_on_device;
+  const float* skip_zero;
+  bool skip_by_response, skip_whole_responses;
+};
+
+struct Responses {
+  float* weights;
+  uint8_t* mask;
+  int64_t *offsets, *lengths;
+};
+
+struct TokenWeightsArgs {
+  int64_t rows, count;
+  Grouping grouping;
+  Responses responses;
+  int num_values;
+  const float* values[kMaxValues];  // [count] each
+  float* spread[kMaxValues];        // [rows] each
+};
+
+struct DecideArgs {
+  int64_t rows, count;
+  const float *logprobs, *entropy;
+  const float *old_logprobs, *advantages, *weights, *ref_logprobs, *importance_weights;
+  Objective numbers;
+  bool by_response;
+  const int64_t *offsets, *lengths;
+  float *token_loss, *ratio;
+  int8_t* clipped;
+  float *g, *h;  // h: null where there is no entropy term
+};
+
+struct FinishArgs {
+  int64_t rows, count;
+  const float *token_loss, *logprobs, *entropy, *ratio;  // entropy: null where nobody asked for it
+  const int8_t* clipped;
+  const float* weights;
+  const uint8_t* mask;
+  const int64_t *offsets, *lengths;
+  float *loss, *response_loss, *summary;
+};
+
+// ---- token_weights ------------------------------------------------------------------------------
+
+// Of the responses in a call.
+struct Counts {
+  int64_t responses, tokens, longest;  // responses: with at least one token
+};
+
+DCPO_HD void add(Counts& c, int64_t length) {
+  c.responses += length > 0;
+  c.tokens += length;
+  c.longest = length > c.longest ? length : c.longest;
+}
+
+// Where a response ends, from the sum of the lengths so far: never outside the rows.
+DCPO_HD int64_t within(int64_t sum, int64_t rows) { return sum < 0 ? 0 : sum > rows ? rows : sum; }
+// Lengths that nobody looked at may add up to more than 64 bits hold; then the sum wraps.
+DCPO_HD int64_t wrapping_add(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
+}
+
+// Rows of a response, as given.
+DCPO_HD int64_t length_of(const TokenWeightsArgs& a, int64_t response) {
+  return a.grouping.lengths ? a.grouping.lengths[response] : a.rows / a.count;
+}
+
+DCPO_HD bool counts(const Grouping& g, int64_t row) { return !g.mask || g.mask[row] != 0; }
+
+// Whether skip_zero lets a row be read. With skip_whole_responses all rows of a response are, if
+// one that counts is.
+DCPO_HD bool live(const Grouping& g, int64_t response, int64_t row) {
+  return !g.skip_zero || g.skip_zero[g.skip_by_response ? response : row] != 0.0f;
+}
+
+// A total of the whole batch; NaN for one that can't be, as it is less than what is counted here.
+DCPO_HD float total(int64_t given, const float* on_device, int64_t counted) {
+  const float here = static_cast<float>(counted);
+  if (!on_device && given == kAsCounted) return here;
+  const float whole = on_device ? *on_device : static_cast<float>(given);
+  return whole > 0.0f && whole >= here ? whole : NAN;
+}
+
+// Of each token of a response of n tokens (dcpo_kernels/responses.py).
+DCPO_HD float token_weight(const Grouping& g, const Counts& c, int64_t n) {
+  if (n == 0) return 0.0f;
+  const float length = static_cast<float>(n);
+  const float responses = total(g.num_responses, g.num_responses_on_device, c.responses);
+  switch (g.aggregation) {
+    case kOnlyTokenMean:
+      return 1.0f / length;
+    case kSeqMeanTokenMean:
+      return 1.0f / (responses * length);
+    case kTokenMean:
+      return 1.0f / total(g.num_tokens, g.num_tokens_on_device, c.tokens);
+    case kTokenSum:
+      return 1.0f;
+    default:
+      return 1.0f / (responses * total(g.max_length, g.max_length_on_device, c.longest));
+  }
+}
+
+// whole: the response is read whole, whatever skip_zero says of the row.
+DCPO_HD void write_token(const TokenWeightsArgs& a, int64_t response, int64_t row, bool whole,
+                         float weight) {
+  const bool counted = counts(a.grouping, row);
+  const bool read = counted && (whole || live(a.grouping, response, row));
+  a.responses.weights[row] = read ? weight : 0.0f;
+  a.responses.mask[row] = counted;
+  for (int k = 0; k < a.num_values; ++k) a.spread[k][row] = a.values[k][response];
+}
+
+// A row after the last response: of weight 0, with that response's values.
+DCPO_HD void write_rest(const TokenWeightsArgs& a, int64_t row) {
+  a.responses.weights[row] = 0.0f;
+  a.responses.mask[row] = 0;
+  for (int k = 0; k < a.num_values; ++k)
+    a.spread[k][row] = a.count ? a.values[k][a.count - 1] : 0.0f;
+}
+
+// ---- decide -------------------------------------------------------------------------------------
+
+DCPO_HD float old_logprob_of(const DecideArgs& a, int64_t row) {
+  return a.old_logprobs ? a.old_logprobs[row] : a.logprobs[row];
+}
+
+// What a row adds to its response's log-ratio. A row of weight 0 is not looked at.
+DCPO_HD float log_ratio_of(const DecideArgs& a, int64_t row) {
+  return a.weights[row] == 0.0f ? 0.0f : a.logprobs[row] - old_logprob_of(a, row);
+}
+
+// Rows [begin, end) are a response's. Those up to `last` take its ratio: the last response has the
+// rows that come after it, and where there is no response at all one of no rows has them.
+struct ResponseRows {
+  int64_t begin, end, last, length;
+};
+DCPO_HD ResponseRows rows_of(const DecideArgs& a, int64_t i) {
+  if (a.count == 0) return {0, 0, a.rows, 0};
+  const int64_t end = a.offsets[i + 1];
+  return {a.offsets[i], end, i + 1 < a.count ? end : a.rows, a.lengths[i]};
+}
+
+// log_ratio: the response's mean; null: the row has its own.
+DCPO_HD void decide_row(const DecideArgs& a, int64_t row, const float* log_ratio) {
+  const float weight = a.weights[row];
+  Decision d{0.0f, 0.0f, 0.0f, 1.0f, kClippedNone, 0.0f};
+  if (weight != 0.0f) {
+    Token t;
+    t.logprob = a.logprobs[row];
+    t.old_logprob = old_logprob_of(a, row);
+    t.advantage = a.advantages[row];
+    t.log_ratio = log_ratio ? *log_ratio : t.logprob - t.old_logprob;
+    t.importance = a.importance_weights ? a.importance_weights[row] : 1.0f;
+    t.ref_logprob = a.ref_logprobs ? a.ref_logprobs[row] : 0.0f;
+    t.entropy = a.entropy ? a.entropy[row] : 0.0f;
+    t.divergence = 0.0f;  // a binary one follows from the token
+    d = decide(a.numbers, t);
+    d.g *= weight;
+    d.h *= weight;
+  }
+  a.token_loss[row] = d.loss;
+  a.ratio[row] = d.ratio;
+  a.clipped[row] = d.clipped;
+  a.g[row] = d.g;
+  if (a.h) a.h[row] = d.h;
+}
+
+// ---- finish -------------------------------------------------------------------------------------
+
+enum SummaryField : int {  // as ops/records.py has them
+  kLoss,
+  kTokens,
+  kTokensRead,
+  kLogprobSum,
+  kEntropySum,
+  kRatioSum,
+  kRatioMin,
+  kRatioMax,
+  kKlSum,
+  kClipHigh,
+  kClipLow,
+  kClipCap,
+  kClipRegion,
+  kSummaryFields
+};
+
+// The summary of a part of the rows. Real: what sums are kept in; counts too, a float holds them
+// exactly up to 2^24.
+template <class Real>
+struct Summary {
+  Real at[kSummaryFields];
+};
+
+template <class Real>
+DCPO_HD Summary<Real> nothing_read() {
+  Summary<Real> s{};
+  s.at[kRatioMin] = INFINITY;
+  s.at[kRatioMax] = -INFINITY;
+  return s;
+}
+
+template <class Real>
+DCPO_HD Summary<Real> of_row(const FinishArgs& a, int64_t row) {
+  Summary<Real> s = nothing_read<Real>();
+  s.at[kLogprobSum] = a.logprobs[row];
+  if (a.entropy) s.at[kEntropySum] = a.entropy[row];
+  const Real weight = a.weights[row], r = a.ratio[row];
+  if (weight == Real(0)) return s;
+  s.at[kLoss] = weight * a.token_loss[row];
+  s.at[kTokensRead] = 1;
+  s.at[kRatioSum] = s.at[kRatioMin] = s.at[kRatioMax] = r;
+  s.at[kKlSum] = (r - 1) - std::log(r);
+  const int clipped = a.clipped[row];
+  for (int side = kClippedHigh; side <= kClippedRegion; ++side)
+    s.at[kClipHigh + side - kClippedHigh] = clipped == side ? 1 : 0;
+  return s;
+}
+
+// Smaller and larger of two; NaN where one is.
+template <class Real>
+DCPO_HD Real lower(Real a, Real b) {
+  return a < b || a != a ? a : b;
+}
+template <class Real>
+DCPO_HD Real higher(Real a, Real b) {
+  return a > b || a != a ? a : b;
+}
+
+template <class Real>
+DCPO_HD void add(Summary<Real>& s, const Summary<Real>& other) {
+  for (int i = 0; i < kSummaryFields; ++i) {
+    const Real x = s.at[i], y = other.at[i];
+    s.at[i] = i == kRatioMin ? lower(x, y) : i == kRatioMax ? higher(x, y) : x + y;
+  }
+}
+
+template <class Real>
+DCPO_HD void store(const FinishArgs& a, Summary<Real> s) {
+  if (s.at[kTokensRead] == 0) s.at[kRatioMin] = s.at[kRatioMax] = 1;
+  for (int i = 0; i < kSummaryFields; ++i) a.summary[i] = static_cast<float>(s.at[i]);
+  *a.loss = a.summary[kLoss];
+}
+
+// Of the sum over its rows; 0 for a response without tokens, whose rows hold 0.
+template <class Real>
+DCPO_HD float mean(Real sum, int64_t length) {
+  return static_cast<float>(sum / static_cast<Real>(length > 0 ? length : 1));
+}
+
+// ---- where they run -----------------------------------------------------------------------------
+
+void cpu_token_weights(const TokenWeightsArgs& args);
+void cpu_decide(const DecideArgs& args);
+void cpu_finish(const FinishArgs& args);
+
+// On a stream (a cudaStream_t) of a device, with every pointer to its memory. Throw
+// std::runtime_error with CUDA's message.
+void cuda_token_weights(const TokenWeightsArgs& args, int device, uintptr_t stream);
+void cuda_decide(const DecideArgs& args, int device, uintptr_t stream);
+void cuda_finish(const FinishArgs& args, int device, uintptr_t stream);
+
+}  // namespace dcpo

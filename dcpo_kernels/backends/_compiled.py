@@ -1,0 +1,164 @@
+"""What the compiled module's functions take, on a CPU and on a GPU: the operators' records by name,
+tensors as addresses."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dcpo_kernels.backends.layout import row_count, row_strides
+
+if TYPE_CHECKING:
+    from dcpo_kernels.objective import Numbers
+    from dcpo_kernels.ops.decide import Decisions, RatioGroups, Read
+    from dcpo_kernels.ops.finish import Totals
+    from dcpo_kernels.ops.records import (
+        Coefficients,
+        Grouping,
+        Options,
+        Responses,
+        Results,
+        Rows,
+        Tokens,
+    )
+    from dcpo_kernels.ops.row_gradient import RowCoefficients
+    from dcpo_kernels.ops.row_stats import RowStats, Targets
+
+missing = ""  # why there is no module
+C: Any = None
+try:
+    C = importlib.import_module("dcpo_kernels._C")
+except ImportError as error:
+    built = sorted(file.name for file in Path(__file__).parents[1].glob("_C*.so"))
+    if not isinstance(error, ModuleNotFoundError):
+        missing = f"the compiled module can't be loaded ({error}); `pip install .` builds it anew"
+    elif built:
+        missing = (
+            f"the compiled module is for another Python ({', '.join(built)}); `pip install .` "
+            "builds it for this one"
+        )
+    else:
+        missing = "the compiled module was never built; `pip install .` builds it"
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+if C is not None and os.environ.get("DCPO_KERNELS_CPU_ISA"):
+    C.cpu_use_isa(os.environ["DCPO_KERNELS_CPU_ISA"])
+
+
+def _address(x: Tensor | None) -> int:
+    return x.data_ptr() if x is not None and x.numel() else 0
+
+
+def view(x: Tensor | None) -> tuple[int, int, int, int]:
+    return (0, 1, 0, 0) if x is None else (x.data_ptr(), *row_strides(x))
+
+
+def _named(*records: Any) -> dict[str, Any]:
+    """Fields by name, tensors as addresses, 0 where there is none."""
+    named = {name: x for record in records for name, x in record._asdict().items()}
+    for name, x in named.items():
+        if isinstance(x, Tensor):
+            if x.dtype == torch.float64:  # the operators take it for the reference
+                raise TypeError(f"{name} must be float32 for compiled kernels, got float64")
+            named[name] = _address(x)
+    return named
+
+
+@functools.lru_cache(maxsize=64)
+def _objective(numbers: Numbers) -> Any:
+    return C.Objective(**numbers._asdict())
+
+
+def _shape(logits: Tensor, temperature: float) -> dict[str, Any]:
+    return {
+        "rows": row_count(logits),
+        "vocab": logits.shape[-1],
+        "dtype": DTYPES[logits.dtype],
+        "temperature": temperature,
+        "logits": view(logits),
+    }
+
+
+def fused_arguments(
+    logits: Tensor,
+    gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
+    rows: Rows,
+    tokens: Tokens,
+    numbers: Numbers,
+    options: Options,
+    results: Results,
+) -> dict[str, Any]:
+    old_logits = rows.old_logits
+    return {
+        **_shape(logits, options.temperature),
+        **_named(rows, tokens, results),
+        "gradient": view(gradient),
+        "k": 0 if rows.topk_ids is None else rows.topk_ids.shape[-1],
+        "old_logits": view(old_logits),
+        "old_dtype": DTYPES[logits.dtype if old_logits is None else old_logits.dtype],
+        "objective": _objective(numbers),
+    }
+
+
+def row_stats_arguments(
+    logits: Tensor, targets: Targets, options: Options, stats: RowStats
+) -> dict[str, Any]:
+    return {**_shape(logits, options.temperature), **_named(targets, stats)}
+
+
+def row_gradient_arguments(
+    logits: Tensor,
+    gradient: Tensor,  # like logits, or logits itself
+    coefficients: RowCoefficients,
+    factor: Tensor | None,
+    temperature: float,
+) -> dict[str, Any]:
+    return {
+        **_shape(logits, temperature),
+        **_named(coefficients),
+        "gradient": view(gradient),
+        "factor": _address(factor),
+    }
+
+
+def token_weights_arguments(
+    grouping: Grouping, values: list[Tensor], responses: Responses, spread: list[Tensor]
+) -> dict[str, Any]:
+    return {
+        "rows": responses.mask.numel(),
+        "count": responses.lengths.numel(),
+        "grouping": _named(grouping),
+        "responses": _named(responses),
+        "values": [_address(x) for x in values],
+        "spread": [_address(x) for x in spread],
+    }
+
+
+def decide_arguments(
+    read: Read,
+    tokens: Tokens,
+    numbers: Numbers,
+    groups: RatioGroups,
+    decisions: Decisions,
+    coefficients: Coefficients,
+) -> dict[str, Any]:
+    return {
+        "rows": read.logprobs.numel(),
+        "count": groups.lengths.numel(),
+        **_named(read, tokens, numbers, groups, decisions, coefficients),
+    }
+
+
+def finish_arguments(results: Results, responses: Responses, totals: Totals) -> dict[str, Any]:
+    return {
+        "rows": results.token_loss.numel(),
+        "count": responses.lengths.numel(),
+        **_named(results, responses, totals),
+    }

@@ -1,0 +1,82 @@
+"""decide: every token's loss and the coefficients of its gradient, from log-probabilities that are
+there. For objectives that look at a whole response first."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcpo_kernels import backends
+from dcpo_kernels.decide import BINARY_KL
+from dcpo_kernels.objective import DIVERGENCES, Numbers
+from dcpo_kernels.ops.library import check_tensors, define
+from dcpo_kernels.ops.records import Coefficients, Tokens, schema_of, unpack
+
+
+class Read(NamedTuple):
+    """What was read of every row. [N] float32 (or float64)."""
+
+    logprobs: Tensor
+    entropy: Tensor | None  # needed where the objective has an entropy term
+
+
+class RatioGroups(NamedTuple):
+    """Which rows have one ratio."""
+
+    by_response: bool  # exp of the mean log-ratio over the response's tokens (GSPO), else per token
+    offsets: Tensor  # [R + 1] int64, as token_weights makes them
+    lengths: Tensor  # [R] int64
+
+
+class Decisions(NamedTuple):
+    token_loss: Tensor  # [N]
+    ratio: Tensor
+    clipped: Tensor  # int8
+
+
+def _results(logprobs: Tensor, numbers: Numbers) -> tuple[Decisions, Coefficients]:
+    def new(dtype=None):
+        return torch.empty_like(logprobs, dtype=dtype)
+
+    h = new() if numbers.entropy_coef != 0 else logprobs.new_empty(0)
+    return Decisions(new(), new(), new(torch.int8)), Coefficients(new(), h)
+
+
+def _check_needs(read: Read, tokens: Tokens, numbers: Numbers) -> None:
+    for name, x, coefficient in (
+        ("entropy", read.entropy, numbers.entropy_coef),
+        ("ref_logprobs", tokens.ref_logprobs, numbers.kl_coef),
+    ):
+        if x is None and coefficient != 0:
+            raise ValueError(f"{name} is None, and the objective has a term of it")
+    if numbers.divergence > BINARY_KL:
+        name = DIVERGENCES[numbers.divergence]
+        raise ValueError(f"divergence={name!r} takes more of a row than its log-probability")
+
+
+def _launch(*flat):
+    read, tokens, numbers, groups, (backend,) = unpack(flat, *_RECORDS)
+    _check_needs(read, tokens, numbers)
+    count = read.logprobs.numel()
+    named = {**read._asdict(), **tokens._asdict()}
+    check_tensors(read.logprobs.device, **{name: (x, count) for name, x in named.items()})
+    decisions, coefficients = _results(read.logprobs, numbers)
+    if count:
+        backends.kernels(backend).decide(read, tokens, numbers, groups, decisions, coefficients)
+    return *decisions, *coefficients
+
+
+def _fake(*flat):
+    read, _, numbers, _, _ = unpack(flat, *_RECORDS)
+    decisions, coefficients = _results(read.logprobs, numbers)
+    return *decisions, *coefficients
+
+
+_RECORDS = (Read, Tokens, Numbers, RatioGroups)
+decide = define(
+    f"decide({schema_of(*_RECORDS)}, str backend) -> ({schema_of(Decisions, Coefficients)})",
+    _launch,
+    _fake,
+)

@@ -1,0 +1,114 @@
+"""What the operators take and return: each argument is named here and nowhere else.
+
+The schemas are made from these records, and the launchers of every backend take them whole. N is
+the number of rows, one per token; a tensor of one value per row has the shape of target_ids, [N] or
+[B, T], and is contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """What it takes to read a row."""
+
+    target_ids: Tensor  # [N] int64
+    temperatures: Tensor | None  # [N] float32; None: Options.temperature for all of them
+    topk_ids: Tensor | None  # [N, K] int64
+    topk_logprobs: Tensor | None  # [N, K] float32
+    old_logits: Tensor | None  # of the logits' shape; its rows may be strided
+
+
+class Tokens(NamedTuple):
+    """What it takes to decide. [N] float32"""
+
+    old_logprobs: Tensor | None  # None: those of the policy itself, the ratio is 1
+    advantages: Tensor
+    weights: Tensor  # 0: the row is not read, its results are 0 and its ratio 1
+    ref_logprobs: Tensor | None
+    importance_weights: Tensor | None
+
+
+class Options(NamedTuple):
+    temperature: float
+    with_entropy: bool
+
+
+class Results(NamedTuple):
+    """What is said of every row. [N] float32, float64 for float64 logits."""
+
+    token_loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor  # [0] unless asked for
+    ratio: Tensor
+    clipped: Tensor  # int8
+
+
+class Grouping(NamedTuple):
+    """Which rows form a response, and what its tokens weigh. R is the number of responses."""
+
+    mask: Tensor | None  # [N] bool or uint8, nonzero where a token counts; None: all of them do
+    lengths: Tensor | None  # [R] int64 rows of each response; None: T rows each of [B, T]
+    aggregation: int  # place in objective.AGGREGATIONS
+    num_responses: int | None  # of the whole batch; None: as counted here
+    num_tokens: int | None
+    max_length: int | None
+    num_responses_on_device: Tensor | None  # scalar float32, in the place of the number
+    num_tokens_on_device: Tensor | None
+    max_length_on_device: Tensor | None
+    skip_zero: Tensor | None  # [N] or [R] float32: where it is 0, the weight is
+    skip_by_response: bool  # skip_zero is [R]
+    skip_whole_responses: bool  # only where it is 0 for all tokens of the response that count
+
+
+class Responses(NamedTuple):
+    """What `token_weights` makes of it."""
+
+    weights: Tensor  # [N] float32
+    mask: Tensor  # [N] bool: the token counts
+    offsets: Tensor  # [R + 1] int64: response i has the rows from offsets[i] to offsets[i + 1]
+    lengths: Tensor  # [R] int64: tokens of each response that count
+
+
+class Coefficients(NamedTuple):
+    """The derivative of a row's loss times its weight. [N] float32, float64 for float64 logits."""
+
+    g: Tensor  # in the target's log-probability
+    h: Tensor  # in the entropy; [0] where there is no entropy term
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    int | None: "SymInt?",
+    float: "float",
+    bool: "bool",
+}
+
+
+def schema_of(*records: type) -> str:
+    """The fields as a schema has them: "Tensor target_ids, Tensor? temperatures, ..."."""
+    return ", ".join(
+        f"{_SCHEMA_TYPES[hint]} {name}"
+        for record in records
+        for name, hint in get_type_hints(record).items()
+    )
+
+
+def unpack(values: tuple[Any, ...], *records: Any) -> list[Any]:
+    """The flat arguments of an operator as its records, and a list of what comes after them."""
+    parts, at = [], 0
+    for record in records:
+        count = len(record._fields)
+        parts.append(record(*values[at : at + count]))
+        at += count
+    return [*parts, values[at:]]
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
