@@ -13,6 +13,7 @@ import dcpo_kernels as dk
 assert Path(dk.__file__).is_relative_to(sys.prefix), f"{dk.__file__} is not the installed package"
 top_level = metadata.distribution("dcpo-kernels").read_text("top_level.txt")
 assert top_level == "dcpo_kernels\n", f"installs {top_level}"
+assert Path(dk.__file__).with_name("py.typed").is_file(), "type checkers would ignore the package"
 
 torch.manual_seed(0)
 logits = torch.randn(6, 1003, dtype=torch.float32)

@@ -777,7 +777,7 @@ def selected(p, use_backend, upstream, **options):
     dtype = options.pop("dtype", p.base.dtype)
     leaf = p.base.to(dtype, copy=True).requires_grad_()
     logprobs, entropy = dk.selected_logprobs(
-        p.view(leaf),
+        p.view(leaf.clone() if options.get("inplace") else leaf),
         p.arguments["target_ids"],
         **{**arguments, **options},
         backend=use_backend,

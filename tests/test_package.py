@@ -156,6 +156,51 @@ def test_installs_one_top_level_name():
     assert names is not None and names.split() == ["dcpo_kernels"]
 
 
+def test_the_wheel_holds_what_is_no_module(tmp_path):
+    """py.typed: type checkers read the annotations of those packages only that have it."""
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(
+        [*command, "build_py", "--build-lib", str(tmp_path)],
+        cwd=Path(__file__).parents[1],
+        check=True,
+        capture_output=True,
+    )
+    for file in ("py.typed", "_C.pyi", "bench/schema.json"):
+        assert (tmp_path / "dcpo_kernels" / file).is_file(), file
+
+
+def test_works_without_numpy(tmp_path):
+    """torch does, and nothing here imports it."""
+    code = """
+import sys
+sys.modules["numpy"] = None
+import torch
+import dcpo_kernels as dk
+x = torch.randn(4, 7, requires_grad=True)
+old, ids = torch.full((4,), -2.0), torch.arange(4)
+advantages = dk.SmoothAdvantage()([1.0, 0.0], ["a", "a"])
+out = dk.policy_loss(x, ids, old, advantages, lengths=[2, 2], backend="reference")
+out.loss.backward()
+print(dk.summarize(out)["tokens"], x.grad.isfinite().all().item())
+"""
+    assert python(code, tmp_path).split() == ["4.0", "True"]
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.5.1+cu121"])
+def test_a_torch_too_old_is_one_sentence(version, tmp_path):
+    code = f"""
+import torch
+torch.__version__ = {version!r}
+try:
+    import dcpo_kernels
+except ImportError as error:
+    print(error)
+"""
+    sentence = f"dcpo_kernels needs torch 2.6 or later; this is torch {version}\n"
+    assert python(code, tmp_path) == sentence
+    assert "torch>=2.6" in (metadata.requires("dcpo-kernels") or [])
+
+
 def test_import_and_help_stay_light(tmp_path):
     code = """
 import sys, torch

@@ -94,7 +94,7 @@ _DESCRIPTIONS = {
 
 
 def _describe(name: str) -> str:
-    instructions = f", {_load("cpu").C.cpu_isa()}" if name == "cpu" else ""
+    instructions = f", {_load('cpu').C.cpu_isa()}" if name == "cpu" else ""
     return _DESCRIPTIONS[name] + instructions
 
 
