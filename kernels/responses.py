@@ -15,7 +15,7 @@ from dcpo_kernels.kernels.decide import (
     CLIP_LOW,
     CLIP_REGION,
 )
-from dcpo_kernels.kernels.objective import (
+from dcpo_kernels.kernels.decide import (
     decide as decide_tokens,
 )
 from dcpo_kernels.kernels.tiles import kernel

@@ -16,6 +16,7 @@ from dcpo_kernels.kernels.tiles import (
     load_masked,
     max_of_lane,
     store_masked,
+    store_tile,
     sum_of_lane,
 )
 
@@ -199,8 +200,7 @@ def write_row(
         again = tl.load(x + start + lane + step, eviction_policy="evict_first")
         entries = gradient_of_tile(again, row_max, offset, scale, a, b, WITH_ENTROPY_TERM)
         entries = with_target(entries, entry, target - start, lane, step, BLOCK)
-        entries = entries.to(dx.dtype.element_ty)
-        tl.store(dx + start + lane + step, entries, eviction_policy="evict_first")
+        store_tile(dx, entries, start, lane, step)
 
 
 @triton.jit
@@ -208,5 +208,5 @@ def zero_row(dx, lane, step, vocab, BLOCK: tl.constexpr):
     zeros = tl.zeros((lane + step).shape, dx.dtype.element_ty)
     last = last_tile(vocab, BLOCK)
     for start in range(0, last, BLOCK):
-        tl.store(dx + start + lane + step, zeros, eviction_policy="evict_first")
+        store_tile(dx, zeros, start, lane, step)
     store_masked(dx, zeros, last, lane, step, vocab)

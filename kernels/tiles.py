@@ -36,7 +36,7 @@ def row_of(x, row, per_batch, batch_stride, row_stride, ALIGNED: tl.constexpr):
 
 @triton.jit
 def assume_multiple(vocab, VECTOR: tl.constexpr, IS_MULTIPLE: tl.constexpr):
-    """The vocabulary's size; IS_MULTIPLE: it is a multiple of VECTOR, and the compiler learns so."""
+    """The vocabulary's size; IS_MULTIPLE: the compiler learns that it is a multiple of VECTOR."""
     return vocab // VECTOR * VECTOR if IS_MULTIPLE else vocab
 
 
@@ -85,6 +85,12 @@ def load_masked(x, start, lane, step, vocab, POLICY: tl.constexpr):
     """-inf past the row's end."""
     here = step < vocab - start - lane
     return tl.load(x + start + lane + step, mask=here, other=float("-inf"), eviction_policy=POLICY)
+
+
+@triton.jit
+def store_tile(dx, entries, start, lane, step):
+    entries = entries.to(dx.dtype.element_ty)
+    tl.store(dx + start + lane + step, entries, eviction_policy="evict_first")
 
 
 @triton.jit
