@@ -14,15 +14,13 @@ from dcpo_kernels.kernels.softmax import (
     gradient_at,
     gradient_of_tile,
     no_sums,
+    probabilities,
     read_row,
     terms_of,
     with_target,
-    write_row,
-    zero_row,
 )
 from dcpo_kernels.kernels.tiles import (
     LANE_AXIS,
-    kept_tile,
     last_tile,
     load_masked,
     store_masked,
@@ -78,56 +76,28 @@ def topk_slopes(logprobs, old_logprobs, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def write_row_and_listed(
-    x,
-    dx,  # may be x
-    tile,  # its kept tile
-    lane,
-    step,
-    vocab,
+def store_listed(
+    dx,
+    ids,
+    logits,
+    logprobs,
+    slopes,  # times dloss/ddivergence
+    total,  # their sum, which write_row was given as a part of g
     target,
-    x_target,
+    vocab,
     row_max,
     log_sum,
     entropy,
     g,
     h,
-    slopes,  # of the listed tokens, times dloss/ddivergence
-    ids,
-    x_listed,
-    logprobs,
     temperature,
-    BLOCK: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
 ):
-    """write_row for a row with a penalty on a top-K divergence. The listed entries are stored a
-    second time, from logits that were fetched before the first."""
-    total = tl.sum(slopes, 0)
-    if (g + total == 0) & (h == 0):
-        zero_row(dx, lane, step, vocab, BLOCK)
-    else:
-        write_row(
-            x,
-            dx,
-            tile,
-            lane,
-            step,
-            vocab,
-            target,
-            x_target,
-            row_max,
-            log_sum,
-            entropy,
-            g + total,
-            h,
-            temperature,
-            BLOCK,
-            WITH_ENTROPY_TERM,
-        )
+    """The listed entries once more, from logits that were fetched before the row was written."""
     tl.debug_barrier()
     is_target = ids == target
     entries = gradient_at(
-        x_listed, is_target, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM
+        logits, is_target, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM
     )
     entries += (slopes - tl.exp(logprobs) * total) / temperature
     inside = (ids >= 0) & (ids < vocab)
@@ -151,37 +121,15 @@ def accumulate_kl(old, x, row_max, lane_max, sum_exp, sum_exp_z, scale):
 
 
 @triton.jit
-def full_kl(
-    x,
-    tile,  # its kept tile
-    row_max,
-    log_sum,
-    old_x,
-    lane,
-    step,
-    vocab,
-    temperature,
-    BLOCK: tl.constexpr,
-):
+def full_kl(x, row_max, log_sum, old_x, lane, step, vocab, temperature, BLOCK: tl.constexpr):
     """KL(q || p) while the row of old logits is read: the mean of log q - log p under q. Also a 0
     for full_tv's drift, and the maximum and log-sum of the old row."""
     scale = LOG2E / temperature
     lane_max, sum_exp, sum_exp_z = no_sums(lane.shape[LANE_AXIS])
-    kept = kept_tile(vocab, BLOCK)
-    old = load_masked(old_x, kept, lane, step, vocab, "evict_first")
-    lane_max, sum_exp, sum_exp_z = accumulate_kl(
-        old, tile, row_max, lane_max, sum_exp, sum_exp_z, scale
-    )
-    for start in range(kept + BLOCK, vocab, BLOCK):
-        tile = load_masked(x, start, lane, step, vocab, "evict_last")
-        old = load_masked(old_x, start, lane, step, vocab, "evict_first")
-        lane_max, sum_exp, sum_exp_z = accumulate_kl(
-            old, tile, row_max, lane_max, sum_exp, sum_exp_z, scale
-        )
-    for done in range(0, kept, BLOCK):
-        at = kept - BLOCK - done + lane + step
-        tile = tl.load(x + at, eviction_policy="evict_last")
-        old = tl.load(old_x + at, eviction_policy="evict_first")
+    last = last_tile(vocab, BLOCK)
+    for done in range(0, last + 1, BLOCK):
+        tile = load_masked(x, last - done, lane, step, vocab, "evict_last")
+        old = load_masked(old_x, last - done, lane, step, vocab, "evict_first")
         lane_max, sum_exp, sum_exp_z = accumulate_kl(
             old, tile, row_max, lane_max, sum_exp, sum_exp_z, scale
         )
@@ -190,60 +138,24 @@ def full_kl(
 
 
 @triton.jit
-def tv_of_tile(x, old, row_max, offset, old_max, old_offset, scale):
-    """Each lane's part of sum |p - q| and of sum sign(p - q) p."""
-    p = tl.exp2((x.to(tl.float32) - row_max) * scale - offset)
-    q = tl.exp2((old.to(tl.float32) - old_max) * scale - old_offset)
-    return sum_of_lane(tl.abs(p - q)), sum_of_lane(p * sign(p - q))
-
-
-@triton.jit
-def full_tv(
-    x,
-    tile,  # its kept tile
-    row_max,
-    log_sum,
-    old_x,
-    lane,
-    step,
-    vocab,
-    temperature,
-    BLOCK: tl.constexpr,
-):
+def full_tv(x, row_max, log_sum, old_x, lane, step, vocab, temperature, BLOCK: tl.constexpr):
     """TV, once the old row was read; for its gradient the drift, sum sign(p - q) p; and the
     maximum and log-sum of the old row."""
-    old_max, old_log_sum, _, old = read_row(
+    old_max, old_log_sum, _, _ = read_row(
         old_x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY=False, AGAIN=True
     )
     scale, offset, old_offset = LOG2E / temperature, log_sum * LOG2E, old_log_sum * LOG2E
-    kept = kept_tile(vocab, BLOCK)
-    parts, drifts = tv_of_tile(tile, old, row_max, offset, old_max, old_offset, scale)
-    for start in range(kept + BLOCK, vocab, BLOCK):
-        tile = load_masked(x, start, lane, step, vocab, "evict_last")
-        old = load_masked(old_x, start, lane, step, vocab, "evict_first")
-        part, drift = tv_of_tile(tile, old, row_max, offset, old_max, old_offset, scale)
-        parts += part
-        drifts += drift
-    for done in range(0, kept, BLOCK):
-        at = kept - BLOCK - done + lane + step
-        tile = tl.load(x + at, eviction_policy="evict_last")
-        old = tl.load(old_x + at, eviction_policy="evict_first")
-        part, drift = tv_of_tile(tile, old, row_max, offset, old_max, old_offset, scale)
-        parts += part
-        drifts += drift
+    parts = tl.zeros([lane.shape[LANE_AXIS]], tl.float32)
+    drifts = parts
+    last = last_tile(vocab, BLOCK)
+    for done in range(0, last + 1, BLOCK):
+        tile = load_masked(x, last - done, lane, step, vocab, "evict_last")
+        old = load_masked(old_x, last - done, lane, step, vocab, "evict_first")
+        p = probabilities(tile, row_max, offset, scale)
+        q = probabilities(old, old_max, old_offset, scale)
+        parts += sum_of_lane(tl.abs(p - q))
+        drifts += sum_of_lane(p * sign(p - q))
     return 0.5 * tl.sum(parts, 0), tl.sum(drifts, 0), old_max, old_log_sum
-
-
-@triton.jit
-def slopes_of_tile(
-    x, old, row_max, offset, old_max, old_offset, scale, drift, DIVERGENCE: tl.constexpr
-):
-    """The divergence's gradient, times T: p - q of KL, p (sign(p - q) - drift) / 2 of TV."""
-    p = tl.exp2((x.to(tl.float32) - row_max) * scale - offset)
-    q = tl.exp2((old.to(tl.float32) - old_max) * scale - old_offset)
-    if DIVERGENCE == FULL_TV:
-        return 0.5 * p * (sign(p - q) - drift)
-    return p - q
 
 
 @triton.jit
@@ -280,8 +192,8 @@ def write_row_beside(
         old = load_masked(old_x, start, lane, step, vocab, "evict_first")
         entries = gradient_of_tile(tile, row_max, offset, scale, a, b, True)
         entries = with_target(entries, entry, target - start, lane, step, BLOCK)
-        slopes = slopes_of_tile(
-            tile, old, row_max, offset, old_max, old_offset, scale, drift, DIVERGENCE
-        )
+        p = probabilities(tile, row_max, offset, scale)
+        q = probabilities(old, old_max, old_offset, scale)
+        slopes = 0.5 * p * (sign(p - q) - drift) if DIVERGENCE == FULL_TV else p - q
         entries += divergence_coef / temperature * slopes
         store_masked(dx, entries, start, lane, step, vocab)

@@ -14,9 +14,9 @@ from dcpo_kernels.kernels.divergence import (
     full_kl,
     full_tv,
     listed_tokens,
+    store_listed,
     topk_divergence,
     topk_slopes,
-    write_row_and_listed,
     write_row_beside,
 )
 from dcpo_kernels.kernels.softmax import read_row, write_row, zero_row
@@ -125,11 +125,11 @@ def fused(
                 )
                 if DIVERGENCE == FULL_KL:
                     divergence, drift, old_max, old_log_sum = full_kl(
-                        x, kept, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
+                        x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
                     )
                 else:
                     divergence, drift, old_max, old_log_sum = full_tv(
-                        x, kept, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
+                        x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
                     )
             loss, g, h, r, code, divergence_coef = decide(
                 logprob,
@@ -159,6 +159,10 @@ def fused(
                 g *= weight
                 h *= weight
                 divergence_coef *= weight
+                total = 0.0
+                if TOPK and WITH_PENALTY:
+                    slopes = divergence_coef * topk_slopes(listed, old_listed, DIVERGENCE)
+                    total = tl.sum(slopes, 0)
                 if FULL and WITH_PENALTY:
                     write_row_beside(
                         x,
@@ -182,30 +186,7 @@ def fused(
                         BLOCK,
                         DIVERGENCE,
                     )
-                elif TOPK and WITH_PENALTY:
-                    write_row_and_listed(
-                        x,
-                        dx,
-                        kept,
-                        lane,
-                        step,
-                        vocab,
-                        target,
-                        x_target,
-                        row_max,
-                        log_sum,
-                        entropy,
-                        g,
-                        h,
-                        divergence_coef * topk_slopes(listed, old_listed, DIVERGENCE),
-                        ids,
-                        x_listed,
-                        listed,
-                        T,
-                        BLOCK,
-                        WITH_ENTROPY_TERM,
-                    )
-                elif (g == 0) & (h == 0):
+                elif (g + total == 0) & (h == 0):
                     zero_row(dx, lane, step, vocab, BLOCK)
                 else:
                     write_row(
@@ -220,10 +201,28 @@ def fused(
                         row_max,
                         log_sum,
                         entropy,
-                        g,
+                        g + total,
                         h,
                         T,
                         BLOCK,
+                        WITH_ENTROPY_TERM,
+                    )
+                if TOPK and WITH_PENALTY:
+                    store_listed(
+                        dx,
+                        ids,
+                        x_listed,
+                        listed,
+                        slopes,
+                        total,
+                        target,
+                        vocab,
+                        row_max,
+                        log_sum,
+                        entropy,
+                        g,
+                        h,
+                        T,
                         WITH_ENTROPY_TERM,
                     )
         elif gradient is not None:

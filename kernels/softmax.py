@@ -122,6 +122,12 @@ def read_row(
 
 
 @triton.jit
+def probabilities(x, row_max, offset, scale):
+    """offset: log2 of the row's sum of 2^z."""
+    return tl.exp2((x.to(tl.float32) - row_max) * scale - offset)
+
+
+@triton.jit
 def gradient_of_tile(x, row_max, offset, scale, a, b, WITH_ENTROPY_TERM: tl.constexpr):
     log2_p = (x.to(tl.float32) - row_max) * scale - offset
     p = tl.exp2(log2_p)
