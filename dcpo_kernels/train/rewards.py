@@ -133,7 +133,8 @@ def score(responses: Sequence[str], ground_truths: Sequence[str]) -> list[float]
     pairs = list(zip(answers, ground_truths, strict=True))
     equal = {(a, t): at_a_glance(a, t) for a, t in pairs if a is not None}
     unclear = [pair for pair, verdict in equal.items() if verdict is None]
-    equal.update(zip(unclear, _judge(unclear), strict=True))
+    if unclear:  # or else another thread's batch would be waited for
+        equal.update(zip(unclear, _judge(unclear), strict=True))
     return [UNFORMATTED if a is None else RIGHT if equal[a, t] else WRONG for a, t in pairs]
 
 
