@@ -305,7 +305,7 @@ def speed() -> dict[str, Any]:
         for cluster in (0, 1, 2, 4, 8) if "cuda" in there else ():
             cuda.cluster = cluster
             entry = {**base, "backend": "cuda", "what": f"fused, in place, cluster {cluster}"}
-            plan = cuda._C.cuda_plan(vocab * 2, 9, 232448)
+            plan = cuda.C.cuda_plan(vocab * 2, 9, 232448)
             entry["by_the_table"] = plan["cluster"]
             attempt(
                 rows, entry, bandwidth, 2 * size,

@@ -208,8 +208,8 @@ def test_a_cuda_error_is_an_exception():
         pytest.skip(reason)
     x = torch.ones(4, device="cuda")
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
-        cuda._C.cuda_scale(
-            rows=1, vocab=4, dtype=2, x=x.data_ptr(), strides=(1, 0, 0), scale=x.data_ptr(),
+        cuda.C.cuda_multiply(
+            rows=1, vocab=4, dtype=2, x=(x.data_ptr(), 1, 0, 0), factor=x.data_ptr(),
             device=1000, stream=0,
         )  # fmt: skip
     assert (x * 2 == 2).all()  # and the context is as it was
