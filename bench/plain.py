@@ -35,15 +35,18 @@ def policy_loss(inputs: Inputs, logprobs_of: Function) -> Function:
 
     def run(logits: Tensor) -> Tensor:
         logp = logprobs_of(logits).flatten()
-        log_ratio = divergence = None
+        entropy = log_ratio = divergence = None
         if objective.ratio_level == "sequence":
             moved = torch.where(counts, logp - old, 0.0)
             log_ratio = (moved.new_zeros(responses).index_add(0, index, moved) / lengths)[index]
         if extra:
             rows = logits.flatten(0, -2)
             divergence = reference.divergence(objective, rows, ids, old, **extra)
+        if objective.entropy_coef:
+            log_p = torch.log_softmax(logits.flatten(0, -2).float(), -1)
+            entropy = -(log_p.exp() * log_p).sum(-1)
         token_loss = decide(
-            objective, logp, old, A, log_ratio=log_ratio, divergence=divergence
+            objective, logp, old, A, entropy=entropy, log_ratio=log_ratio, divergence=divergence
         ).loss
         return torch.dot(weights, torch.where(counts, token_loss, 0.0))
 

@@ -17,13 +17,14 @@ from dcpo_kernels.bench import (
     implementations,
     inputs,
     peers,
-    record,
+    records,
     timing,
     watch,
 )
 from dcpo_kernels.bench.calls import Call
 from dcpo_kernels.bench.operators import operators
-from dcpo_kernels.bench.shapes import OBJECTIVES, Case
+from dcpo_kernels.bench.shapes import OBJECTIVES
+from dcpo_kernels.bench.suites import loss
 
 __all__ = ["quick"]
 
@@ -164,12 +165,12 @@ def test_wrong_kernel_is_not_timed_and_fails_the_run(monkeypatch, tmp_path, caps
     path = tmp_path / "run.json"
     arguments = ("--tokens", "16", "--vocab", "503", "--backend", "cpu,eager", "--json", str(path))
     assert bench(*arguments) == 1
-    rows = {row["name"]: row for row in record.load(path)["rows"]}
-    assert rows["cpu"]["status"] == "wrong"
-    assert 0.04 < rows["cpu"]["agreement"]["gradient_error"] < 0.06
-    assert "gradient off by" in rows["cpu"]["note"]
-    assert "samples" not in rows["cpu"]
-    assert rows["eager"]["status"] == "ok"
+    rows = {row.name: row for row in records.load(path).rows}
+    assert rows["cpu"].status == "wrong"
+    assert 0.04 < rows["cpu"].agreement.gradient_error < 0.06
+    assert "gradient off by" in rows["cpu"].note
+    assert rows["cpu"].samples is None
+    assert rows["eager"].status == "ok"
     assert "WRONG: cpu of fused" in capsys.readouterr().out
 
 
@@ -214,12 +215,12 @@ def test_peer_must_agree(monkeypatch, tmp_path, factor):
         *("--backend", "eager", "--peers", "other", "--json", str(path)),
     )
     assert status == 0
-    rows = [row for row in record.load(path)["rows"] if row["name"] == "other"]
+    rows = [row for row in records.load(path).rows if row.name == "other"]
     assert len(rows) == 3
     for row in rows:
-        assert row["status"] == ("ok" if factor == 1.0 else "wrong"), row
-        assert row["version"] == torch.__version__.split("+")[0] or row["version"]
-        assert ("value off by" in row["note"]) == (factor != 1.0)
+        assert row.status == ("ok" if factor == 1.0 else "wrong"), row
+        assert row.version == torch.__version__.split("+")[0] or row.version
+        assert ("value off by" in row.note) == (factor != 1.0)
 
 
 def test_peer_that_raises_is_a_row(monkeypatch, tmp_path):
@@ -235,10 +236,10 @@ def test_peer_that_raises_is_a_row(monkeypatch, tmp_path):
     path = tmp_path / "run.json"
     arguments = ("--tokens", "16", "--vocab", "503", "--backend", "eager", "--peers", "other")
     assert bench(*arguments, "--json", str(path)) == 0
-    rows = {row["name"]: row for row in record.load(path)["rows"]}
-    assert rows["other"]["status"] == "wrong"
-    assert rows["other"]["note"] == "RuntimeError: out of luck"
-    assert rows["eager"]["status"] == "ok"
+    rows = {row.name: row for row in records.load(path).rows}
+    assert rows["other"].status == "wrong"
+    assert rows["other"].note == "RuntimeError: out of luck"
+    assert rows["eager"].status == "ok"
 
 
 @pytest.mark.parametrize("masked", [0.0, 0.25])
@@ -251,7 +252,8 @@ def test_adapter_agrees(name, masked):
     compared = 0
     for operator in operators().values():
         for objective in ("dcpo", "grpo", "dapo", "gspo") if operator.takes_objective else ("",):
-            case = Case(operator.name, objective, 24, 1003, "fp32", device, masked=masked)
+            what = {"operator": operator.name, "objective": objective, "dtype": "fp32"}
+            case = loss(*CASE.shape, device, masked=masked, **what)
             row = peers.implementation(peer, operator, inputs.make(case))
             if row.make is None:
                 skipped = row.note
@@ -284,11 +286,11 @@ def test_interrupted_run_keeps_what_was_measured(monkeypatch, tmp_path):
     path = tmp_path / "run.json"
     status = bench("--tokens", "8,16,24", "--vocab", "503", "--backend", OURS, "--json", str(path))
     assert status == 130
-    kept = record.load(path)
-    assert not kept["complete"]
-    assert {row["tokens"] for row in kept["rows"]} >= {8}
-    done = [row for row in kept["rows"] if row["tokens"] == 8 and row["kind"] == "ours"]
-    assert all(row["status"] == "ok" for row in done)
+    kept = records.load(path)
+    assert not kept.complete
+    assert {row.tokens for row in kept.rows} >= {8}
+    done = [row for row in kept.rows if row.tokens == 8 and row.kind == "ours"]
+    assert all(row.status == "ok" for row in done)
 
 
 def test_interruption_while_preparing(monkeypatch):
@@ -296,11 +298,11 @@ def test_interruption_while_preparing(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness.memory, "peak_extra_bytes", interrupted)
-    rows: list[dict] = []
+    rows: list[records.Row] = []
     plan = harness.Plan([OURS], [], 0.0, timing.CpuClock(0), watch.CpuWatch)
     bar = SimpleNamespace(stage=lambda text: None, rounds=lambda rounds, share: None)
     assert not harness.run_case(CASE, operators()["fused"], plan, bar, rows)
-    assert [row["status"] for row in rows] == ["interrupted"]
+    assert [row.status for row in rows] == ["interrupted"]
 
 
 @pytest.mark.parametrize(
