@@ -137,7 +137,6 @@ def save(record: Record, path: Path) -> None:
     text = json.dumps(known, indent=1, allow_nan=False)
     # Thousands of samples, one per line, would bury the rest.
     text = re.sub(r"\[[-+\d.e,\s]+\]", lambda m: re.sub(r"\s+", " ", m[0]), text)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as part:
         part.write_text(text + "\n")
 

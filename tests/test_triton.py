@@ -20,7 +20,7 @@ from problems import DTYPES, OBJECTIVES, assert_matches, problem
 
 import dcpo_kernels as dk
 from dcpo_kernels import backends, ops
-from dcpo_kernels.bench import launches
+from dcpo_kernels.backends import triton
 from dcpo_kernels.objectives import AGGREGATIONS, kernel_arguments
 
 INF, NAN = float("inf"), float("nan")
@@ -321,11 +321,16 @@ def test_nothing_spills_and_everything_fits(arch):
         assert entry["shared"] <= 256, entry
 
 
+# Issued per logit of so many bytes, reading it and writing it.
+INSTRUCTIONS = {2: (7.0, 8.8), 4: (5.9, 7.2)}
+# An H200: multiprocessors, and bytes per clock of its memory.
+MULTIPROCESSORS, BYTES_PER_CLOCK = 132, 4.8e12 / 1.755e9
+
+
 @compiles
 @on("sm_90")
-def test_sweeps_issue_what_the_model_of_launches_counts_with(arch):
-    """And at 4.8 TB/s an H200 has a tenth of its issue slots to spare, with an entropy term too."""
-    gpu = launches.Gpu()
+def test_sweeps_issue_few_instructions(arch):
+    """At 4.8 TB/s an H200 has a tenth of its issue slots to spare, with an entropy term too."""
     for entry in compiled(arch):
         if entry["kernel"] != "fused" or not entry["aligned"] or not entry["writes"]:
             continue
@@ -337,20 +342,29 @@ def test_sweeps_issue_what_the_model_of_launches_counts_with(arch):
         )
         assert read < masked_read and write < masked_write
         traffic, issued = 2 * entry["size"], masked_read + masked_write
-        assert issued < 0.9 * 128 * traffic * gpu.multiprocessors / gpu.bytes_a_clock, entry
+        assert issued < 0.9 * 128 * traffic * MULTIPROCESSORS / BYTES_PER_CLOCK, entry
         if entry["of"] in (["dynamic-clip", "bf16", 151936], ["dynamic-clip", "fp32", 151936]):
-            read_limit, write_limit = launches.INSTRUCTIONS[entry["size"]]
+            read_limit, write_limit = INSTRUCTIONS[entry["size"]]
             assert 0.95 * read_limit < read <= read_limit, entry
             assert 0.95 * write_limit < write <= write_limit, entry
 
 
-def test_the_launches_a_model_prefers():
-    """For each vocabulary the launcher takes one that is within a tenth of the best it has."""
-    gpu = launches.Gpu()
-    for size, vocab in ((2, 16384), (2, 32000), (2, 128256), (2, 151936), (4, 32000), (4, 151936)):
-        found = launches.launches(vocab, size, gpu)
-        (chosen,) = (entry["share"] for entry in found if entry["chosen"])
-        assert chosen > max(entry["share"] for entry in found) - 0.1, found
+@pytest.mark.parametrize(
+    ("size", "vocab", "threads"),
+    [
+        *((2, vocab, 256) for vocab in (16384, 32000, 50304, 65536)),  # two programs fit into L2
+        *((2, vocab, 512) for vocab in (102400, 128256, 151936, 262144)),
+        *((4, vocab, 256) for vocab in (8192, 32000)),
+        *((4, vocab, 512) for vocab in (128256, 151936)),
+        (2, 8192, 128),  # as small as holds the row
+    ],
+)
+def test_threads_per_row_of_an_h200(size, vocab, threads):
+    device = triton.Device(MULTIPROCESSORS, 32, 50 << 20)
+    programs, (block, lanes), _ = triton.launch_shape("fused", vocab, size, True, 32, device)
+    assert lanes == threads
+    assert programs == MULTIPROCESSORS * 512 // threads
+    assert block * size <= threads * 128
 
 
 @compiles
