@@ -74,14 +74,39 @@ def test_vocabularies(vocab, dtype, inplace, backend):
     check(problem(objective, dtype=dtype, vocab=vocab), backend, inplace=inplace)
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 2, 4, 8])
-@pytest.mark.parametrize("vocab", [16896, 33280, 66560, 131088])
-def test_cluster_sizes(vocab, blocks, monkeypatch):
+@pytest.fixture
+def blocks(request, monkeypatch):
+    """How many blocks of the CUDA backend hold a row."""
     if reason := backends.unavailable("cuda", "cuda"):
         pytest.skip(reason)
-    monkeypatch.setattr(cuda, "cluster", blocks)
-    p = problem(dk.dcpo(entropy_coef=0.01), dtype=torch.bfloat16, vocab=vocab)
+    monkeypatch.setattr(cuda, "cluster", request.param)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 4, 8], indirect=True)
+@pytest.mark.parametrize("vocab", [16896, 33280, 66560, 131088])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
+def test_cluster_sizes(vocab, blocks, dtype, inplace):
+    check(problem(dk.dcpo(entropy_coef=0.01), dtype=dtype, vocab=vocab), "cuda", inplace=inplace)
+
+
+# Watched by scripts/sanitize.sh: every kernel, every cluster size, padding, rows that end oddly.
+@pytest.mark.parametrize(
+    ("vocab", "blocks"),
+    [(1003, 0), (33288, 0), (33288, 1), (33288, 2), (70008, 4), (70008, 8)],
+    indirect=["blocks"],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["dcpo", "gspo"])  # one pass, two passes
+def test_odd_rows(vocab, blocks, dtype, name):
+    objective = OBJECTIVES[name](entropy_coef=0.01)
+    p = problem(objective, layout="padded", dtype=dtype, vocab=vocab, lengths=(2, 0, 3))
     check(p, "cuda")
+    if name == "dcpo":
+        check(p, "cuda", inplace=True)
+        _, gradient = on_gpu(p).run(backend="cuda")
+        _, doubled = on_gpu(p).run(backend="cuda", upstream=lambda loss: 2 * loss)
+        torch.testing.assert_close(doubled, 2 * gradient)
 
 
 def rows(count: int, vocab: int):
@@ -102,12 +127,14 @@ def test_same_bits_in_any_batch_stream_and_run(vocab, backend):
     part = tuple(x[50:90] if isinstance(x, torch.Tensor) else x for x in rest)
     queue = torch.cuda.Stream()
     queue.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(queue):
-        again = ops.fused(logits, *rest, True, backend)
-        some = ops.fused(logits[50:90], *part, True, backend)
-    torch.cuda.synchronize()
-    assert all(map(torch.equal, wanted, again))
-    assert all(torch.equal(x[50:90], y) for x, y in zip(wanted, some, strict=True))
+    for _ in range(10):
+        with torch.cuda.stream(queue):
+            again = ops.fused(logits, *rest, True, backend)
+            some = ops.fused(logits[50:90], *part, True, backend)
+        beside = ops.fused(logits, *rest, True, backend)
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, wanted, again)) and all(map(torch.equal, wanted, beside))
+        assert all(torch.equal(x[50:90], y) for x, y in zip(wanted, some, strict=True))
 
 
 @pytest.mark.parametrize("vocab", [1003, 32000, 151936])
@@ -117,9 +144,10 @@ def test_captured_in_a_graph(vocab, backend):
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         static = ops.fused(logits, *rest, True, backend)
-    logits.mul_(-0.5)
-    captured.replay()
-    assert all(map(torch.equal, static, ops.fused(logits, *rest, True, backend)))
+    for _ in range(3):
+        logits.mul_(-0.9)
+        captured.replay()
+        assert all(map(torch.equal, static, ops.fused(logits, *rest, True, backend)))
 
 
 def test_no_sync(backend):
