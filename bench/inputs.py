@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_kernels.backends import reference
+import dcpo_kernels as dk
 from dcpo_kernels.bench.shapes import DTYPES, OBJECTIVES, Case
-from dcpo_kernels.objectives import Objective
 
 NOISE = 2.5  # standard deviation of all other logits
 CANDIDATES = 16  # tokens that share most of a row's probability
@@ -40,7 +39,7 @@ class Inputs:
     extra: dict[str, Tensor] = field(default_factory=dict)  # topk_ids, ..: where they are needed
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> dk.Objective:
         return OBJECTIVES[self.case.objective]()
 
     def loss_arguments(self) -> dict[str, Any]:
@@ -159,7 +158,8 @@ def make(case: Case, seed: int = 0) -> Inputs:
     for begin in range(0, tokens, step):
         at = slice(begin, min(begin + step, tokens))
         logits[at], target_ids[at] = _peaked_rows(at.stop - begin, case, generator)
-        logprobs[at] = reference.row_stats(logits[at], target_ids[at]).logprobs
+        with torch.no_grad():
+            logprobs[at] = dk.selected_logprobs(logits[at], target_ids[at], backend="reference")[0]
 
     def normal() -> Tensor:
         return torch.randn(tokens, generator=scalars).to(device)
