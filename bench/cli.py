@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -50,6 +51,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = ", ".join(f"{name} {vocab}" for name, vocab in MODELS.items())
     known = operators()
@@ -72,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"ours and plain PyTorch: {', '.join(BACKENDS)}",
     )
     add("--peers", type=_list(PEERS), default=list(PEERS), help=f"{', '.join(PEERS)}, or none")
-    add("--seconds", type=float, default=20.0, help="of timing a case (default: %(default)s)")
+    add("--seconds", type=_amount, default=20.0, help="of timing a case (default: %(default)s)")
     add = parser.add_argument_group("what is said of it").add_argument
     add("--baseline", default="torch.compile", help="row that others are compared with")
     add("--json", type=Path, help="keep environment, command, commit and every sample")
@@ -80,7 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare", type=Path, metavar="OLD", help="SAME, FAST, SLOW or AMBIGUOUS against OLD")
     add("--plot", type=Path, metavar="FOLDER", help="draw PNGs there")
     add(
-        "--roofline", type=float, metavar="GB/s", help="predict each row on a GPU of this bandwidth"
+        "--roofline",
+        type=_amount,
+        metavar="GB/s",
+        help="predict each row on a GPU of this bandwidth",
     )
 
 
@@ -168,13 +179,17 @@ def _measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with Progress(*columns, console=console, transient=True) as bars:
         for i, case in enumerate(cases):
             bar = _Bar(bars, f"{i + 1}/{len(cases)} {case.describe()}")
-            finished = run_case(case, known[case.operator], plan, bar, record["rows"])
+            try:
+                finished = run_case(case, known[case.operator], plan, bar, record["rows"])
+            except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # in the inputs
+                why = f"{error}".partition("\n")[0] or "not enough memory"
+                raise records.BadRecord(f"{case.describe()}: {why}") from error
             record["complete"] = finished and i + 1 == len(cases)
             try:
                 if args.json:
                     records.save(record, args.json)
             except OSError as error:  # what was measured is still shown
-                console.print(f"{args.json} can't be written: {error}", style="red")
+                console.print(f"{args.json} can't be written: {error}", style="red", soft_wrap=True)
                 finished = record["complete"] = False
             if not finished:
                 break
