@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -51,6 +52,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models = ", ".join(f"{name} {vocab}" for name, vocab in MODELS.items())
     known = operators()
@@ -74,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ways = (*BACKENDS, *VARIANTS)
     add("--backend", type=_list(ways), help=f"ours and plain PyTorch: {', '.join(ways)}")
     add("--peers", type=_list(PEERS), help=f"{', '.join(PEERS)}, or none")
-    add("--seconds", type=float, default=20.0, help="of timing per case (default: %(default)s)")
+    add("--seconds", type=_amount, default=20.0, help="of timing per case (default: %(default)s)")
     add = parser.add_argument_group("what is said of it").add_argument
     add("--baseline", default="torch.compile", help="row that others are compared with")
     add("--json", type=Path, help="keep environment, command, commit and every sample")
@@ -82,7 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compare", type=Path, metavar="OLD", help="SAME, FAST, SLOW or AMBIGUOUS against OLD")
     add("--plot", type=Path, metavar="FOLDER", help="draw PNGs there")
     add(
-        "--roofline", type=float, metavar="GB/s", help="predict each row on a GPU of this bandwidth"
+        "--roofline",
+        type=_amount,
+        metavar="GB/s",
+        help="predict each row on a GPU of this bandwidth",
     )
 
 
@@ -197,7 +208,11 @@ def _measure(args: argparse.Namespace, screen: Screen) -> Record:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: keep what there is
     for i, case in enumerate(cases):
         with screen.progress(f"{i + 1}/{len(cases)} {case.describe()}") as bar:
-            finished = run_case(case, known[case.operator], plan, bar, record.rows)
+            try:
+                finished = run_case(case, known[case.operator], plan, bar, record.rows)
+            except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # in the inputs
+                why = f"{error}".partition("\n")[0] or "not enough memory"
+                raise records.BadRecord(f"{case.describe()}: {why}") from error
         record = replace(record, complete=finished and i + 1 == len(cases))
         try:
             if args.json:

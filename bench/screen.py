@@ -39,7 +39,7 @@ class Screen:
 
     def say(self, text: str, style: str = "") -> None:
         if self.console:
-            self.console.print(escape(text), style=style)
+            self.console.print(escape(text), style=style, soft_wrap=True)
         else:
             print(text)
 

@@ -307,7 +307,14 @@ def test_interruption_while_preparing(monkeypatch):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--vocab", "gpt5"), ("--masked", "1.5"), ("--dtype", "int8"), ("--peers", "nobody")],
+    [
+        ("--vocab", "gpt5"),
+        ("--masked", "1.5"),
+        ("--dtype", "int8"),
+        ("--peers", "nobody"),
+        ("--seconds", "nan"),
+        ("--roofline", "inf"),
+    ],
 )
 def test_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
@@ -318,3 +325,38 @@ def test_bad_arguments(arguments, capsys):
 def test_unknown_operator(capsys):
     assert bench("softmax") == 2
     assert "softmax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_place_that_cannot_be_written_is_found_first(option, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "_measure", lambda *_: pytest.fail("something was measured"))
+    (tmp_path / "file").touch()
+    assert bench(option, str(tmp_path / "file" / "below" / "x")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dcpo bench: ") and line.endswith("can't be written: Not a directory")
+
+
+def test_a_disk_that_fills_up_costs_no_results(tmp_path, monkeypatch, capsys):
+    def full(record, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(cli.records, "save", full)
+    path = str(tmp_path / "run.json")
+    sizes = ("--tokens", "16", "--vocab", "503", "--backend", "eager")
+    assert bench(*sizes, "--json", path) != 0
+    out = capsys.readouterr().out
+    assert "disk full" in out and "eager" in out.partition("disk full")[2]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("--tokens", "1000000000000"),
+        ("--vocab", "99999999999999999999"),
+        ("--tokens", "4", "--vocab", "16", "--masked", "0.99"),
+    ],
+)
+def test_sizes_that_no_inputs_have(sizes, capsys):
+    assert bench(*sizes) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dcpo bench: fused dcpo, ")
