@@ -277,7 +277,7 @@ def test_interrupted_run_keeps_what_was_measured(monkeypatch, tmp_path):
 
     def interrupted(call):
         taken.append(call)
-        if len(taken) == 40:  # somewhere in the second case
+        if len(taken) == 18:  # somewhere in the second case
             raise KeyboardInterrupt
         return sample(call)
 
