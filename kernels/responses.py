@@ -14,6 +14,8 @@ from dcpo_kernels.kernels.objective import (
     CLIP_HIGH,
     CLIP_LOW,
     CLIP_REGION,
+)
+from dcpo_kernels.kernels.objective import (
     decide as decide_tokens,
 )
 from dcpo_kernels.kernels.row import kernel
@@ -22,8 +24,6 @@ ONLY_TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("only-token-mean"))
 SEQ_MEAN_TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("seq-mean-token-mean"))
 TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("token-mean"))
 TOKEN_SUM = tl.constexpr(objectives.AGGREGATIONS.index("token-sum"))
-INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 # ---- token_weights ------------------------------------------------------------------------------
 
@@ -66,30 +66,30 @@ def begins_and_ends(offsets, responses, count):
 @triton.jit
 def count_tokens(mask, rows, here):
     """Which of a tile of rows count."""
-    if mask is None:
-        return here
-    return tl.load(mask + rows, mask=here, other=0) != 0
+    if mask is not None:
+        here = tl.load(mask + rows, mask=here, other=0) != 0
+    return here
 
 
 @triton.jit
 def live_rows(skip_zero, responses, rows, counted, BY_RESPONSE: tl.constexpr):
     """Which of those that count skip_zero lets be read."""
-    if skip_zero is None:
-        return counted
-    if BY_RESPONSE:
-        rows = tl.broadcast_to(responses[:, None], rows.shape)
-    return counted & (tl.load(skip_zero + rows, mask=counted, other=0.0) != 0)
+    if skip_zero is not None:
+        at = tl.broadcast_to(responses[:, None], rows.shape) if BY_RESPONSE else rows
+        counted = tl.load(skip_zero + at, mask=counted, other=0.0) != 0
+    return counted
 
 
 @triton.jit
 def total(given, on_device, counted):
     """Of the whole batch; NaN for one that can't be, as it is less than what is counted here."""
     here = counted.to(tl.float32)
+    whole = here
     if on_device is not None:
-        given = tl.load(on_device)
-    if given is None:
-        return here
-    return tl.where((given > 0) & (given >= here), given, NAN)
+        whole = tl.load(on_device)
+    elif given is not None:
+        whole = given
+    return tl.where((whole > 0) & (whole >= here), whole, float("nan"))
 
 
 @triton.jit
@@ -227,9 +227,10 @@ def token_weights(
 
 @triton.jit
 def load_or(x, at, here, other):
-    if x is None:
-        return tl.zeros(at.shape, tl.float32) + other
-    return tl.load(x + at, mask=here, other=other)
+    values = tl.zeros(at.shape, tl.float32) + other
+    if x is not None:
+        values = tl.load(x + at, mask=here, other=other)
+    return values
 
 
 @kernel
@@ -338,7 +339,7 @@ def decide(
 @triton.jit
 def lowest(x):
     """NaN where one is, which tl.min need not say."""
-    return tl.where(tl.sum((x != x).to(tl.int32), 0) > 0, NAN, tl.min(x, 0))
+    return tl.where(tl.sum((x != x).to(tl.int32), 0) > 0, float("nan"), tl.min(x, 0))
 
 
 @triton.jit
@@ -372,8 +373,8 @@ def summarize(
         nothing,
     )
     high, low, cap, region, tokens = nothing, nothing, nothing, nothing, nothing
-    smallest = nothing + INF
-    largest = nothing - INF
+    smallest = nothing + float("inf")
+    largest = nothing - float("inf")
     for start in range(0, rows, BLOCK):
         at = start + columns
         here = at < rows

@@ -61,14 +61,12 @@ def view(x: Tensor | None) -> tuple[int, int, int, int]:
 
 
 def _named(*records: Any) -> dict[str, Any]:
-    """Fields by name, tensors as addresses, 0 where there is none."""
-    named = {name: x for record in records for name, x in record._asdict().items()}
-    for name, x in named.items():
-        if isinstance(x, Tensor):
-            if x.dtype == torch.float64:  # the operators take it for the reference
-                raise TypeError(f"{name} must be float32 for compiled kernels, got float64")
-            named[name] = _address(x)
-    return named
+    """Fields by name, tensors as addresses: None or 0 where there is none."""
+    return {
+        name: x.data_ptr() if isinstance(x, Tensor) else x
+        for record in records
+        for name, x in zip(record._fields, record, strict=True)
+    }
 
 
 @functools.lru_cache(maxsize=64)

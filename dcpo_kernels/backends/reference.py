@@ -325,6 +325,7 @@ def decide(
         log_ratio = _response_means(logprobs - old, groups.offsets, groups.lengths)
         rows = torch.arange(live.numel(), device=live.device)
         index = torch.searchsorted(groups.offsets[1:], rows, right=True)
+        log_ratio = log_ratio if len(log_ratio) else log_ratio.new_zeros(1)  # rows of no response
         log_ratio = log_ratio[index.clamp(max=len(log_ratio) - 1)]
     decision = decide_tokens(
         numbers,

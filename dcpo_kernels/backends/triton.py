@@ -26,7 +26,8 @@ response_kernels: Any = None
 try:
     import triton
 
-    from dcpo_kernels.kernels import responses as response_kernels, row as kernels
+    from dcpo_kernels.kernels import responses as response_kernels
+    from dcpo_kernels.kernels import row as kernels
 except ImportError as error:
     _missing = f"triton can't be imported ({error}); `pip install triton` brings it"
     _interpreted = False
@@ -381,7 +382,7 @@ def token_weights(
         grouping.aggregation,
         grouping.skip_by_response,
         grouping.skip_whole_responses,
-        4 if count <= 32 else 64,  # responses that a program takes at once
+        1 if count <= 16 else 64,  # responses taken at once
     )
 
 

@@ -60,8 +60,9 @@ def _launch(*flat):
     read, tokens, numbers, groups, (backend,) = unpack(flat, *_RECORDS)
     _check_needs(read, tokens, numbers)
     count = read.logprobs.numel()
-    named = {**read._asdict(), **tokens._asdict()}
-    check_tensors(read.logprobs.device, **{name: (x, count) for name, x in named.items()})
+    check_tensors(read.logprobs, read, count)
+    check_tensors(read.logprobs, tokens, count)
+    check_tensors(read.logprobs, groups, groups.lengths.numel(), offsets=groups.offsets.numel())
     decisions, coefficients = _results(read.logprobs, numbers)
     if count:
         backends.kernels(backend).decide(read, tokens, numbers, groups, decisions, coefficients)

@@ -28,12 +28,8 @@ def _totals(results: Results, responses: Responses) -> Totals:
 def _launch(*flat):
     results, responses, (backend,) = unpack(flat, Results, Responses)
     rows, count = results.token_loss.numel(), responses.lengths.numel()
-    named = {**results._asdict(), **responses._asdict()}
-    counts = {"offsets": count + 1, "lengths": count, "entropy": results.entropy.numel()}
-    check_tensors(
-        results.token_loss.device,
-        **{name: (x, counts.get(name, rows)) for name, x in named.items()},
-    )
+    check_tensors(results.token_loss, results, rows, entropy=results.entropy.numel())
+    check_tensors(results.token_loss, responses, rows, offsets=count + 1, lengths=count)
     totals = _totals(results, responses)
     backends.kernels(backend).finish(results, responses, totals)
     return tuple(totals)

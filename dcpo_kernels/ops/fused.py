@@ -21,13 +21,16 @@ from dcpo_kernels.ops.records import (
 
 
 def _results(logits: Tensor, options: Options) -> Results:
+    def new(shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
     shape, dtype = logits.shape[:-1], result_dtype(logits)
     return Results(
-        token_loss=logits.new_empty(shape, dtype=dtype),
-        logprobs=logits.new_empty(shape, dtype=dtype),
-        entropy=logits.new_empty(shape if options.with_entropy else (0,), dtype=dtype),
-        ratio=logits.new_empty(shape, dtype=dtype),
-        clipped=logits.new_empty(shape, dtype=torch.int8),
+        token_loss=new(shape, dtype),
+        logprobs=new(shape, dtype),
+        entropy=new(shape if options.with_entropy else (0,), dtype),
+        ratio=new(shape, dtype),
+        clipped=new(shape, torch.int8),
     )
 
 
@@ -48,14 +51,11 @@ def _run(
 ) -> Results:
     count, vocab = logits.shape[:-1].numel(), logits.shape[-1]
     k = 0 if rows.topk_ids is None else rows.topk_ids.shape[-1]
-    per_row = {**rows._asdict(), **tokens._asdict()}
-    old_logits = per_row.pop("old_logits")
-    if old_logits is not None and old_logits.shape != logits.shape:
-        raise ValueError(f"old_logits {list(old_logits.shape)} and logits {list(logits.shape)}")
-    check_tensors(
-        logits.device,
-        **{name: (x, count * k if "topk" in name else count) for name, x in per_row.items()},
-    )
+    if rows.old_logits is not None and rows.old_logits.shape != logits.shape:
+        raise ValueError(f"old_logits {list(rows.old_logits.shape)}, logits {list(logits.shape)}")
+    plain = rows._replace(old_logits=None)
+    check_tensors(logits, plain, count, topk_ids=count * k, topk_logprobs=count * k)
+    check_tensors(logits, tokens, count)
     check_ids("target_ids", rows.target_ids, vocab, tokens.weights)
     if rows.topk_ids is not None:
         check_ids("topk_ids", rows.topk_ids, vocab, tokens.weights)

@@ -27,7 +27,7 @@ def define(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) ->
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-# Of the tensors that are not float32.
+# Of the tensors that are not float32 (float64 where the logits are).
 _DTYPES = {
     "target_ids": (torch.int64,),
     "topk_ids": (torch.int64,),
@@ -36,24 +36,33 @@ _DTYPES = {
     "offsets": (torch.int64,),
     "clipped": (torch.int8,),
 }
-_FLOATS = (torch.float32, torch.float64)
 
 
-def check_tensors(device: torch.device, **named: tuple[Tensor | None, int]) -> None:
-    """Each tensor has its dtype, its number of elements, and lies contiguous on the device: the
-    kernels get nothing but addresses. The losses see to it; this is for who calls an operator."""
-    for name, (x, count) in named.items():
-        if x is None:
+def check_tensors(like: Tensor, record: Any, count: int, **counts: int) -> None:
+    """Each tensor of a record has its dtype, `count` elements (or those given by its name), and
+    lies contiguous on the device of `like`: the kernels get nothing but addresses. The losses see
+    to it; this is for who calls an operator."""
+    floats = (torch.float32, torch.float64) if like.dtype == torch.float64 else (torch.float32,)
+    for name, x in zip(record._fields, record, strict=True):
+        if not isinstance(x, Tensor):
             continue
-        if x.dtype not in _DTYPES.get(name, _FLOATS):
-            raise TypeError(f"{name} must be {_DTYPES.get(name, _FLOATS)[0]}, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name} is on {x.device}, the logits are on {device}")
-        if x.numel() != count or not x.is_contiguous():
+        if x.dtype not in _DTYPES.get(name, floats):
+            raise TypeError(f"{name} must be {_DTYPES.get(name, floats)[0]}, got {x.dtype}")
+        if x.numel() != counts.get(name, count) or not x.is_contiguous():
             raise ValueError(
-                f"{name} must be contiguous and hold {count} values, got shape {list(x.shape)} "
-                f"with strides {list(x.stride())}"
+                f"{name} must be contiguous and hold {counts.get(name, count)} values, got shape "
+                f"{list(x.shape)} with strides {list(x.stride())}"
             )
+        if x.device != like.device:
+            raise ValueError(f"{name} is on {x.device}, the other tensors are on {like.device}")
+
+
+def check_scalar(like: Tensor, factor: Tensor) -> None:
+    if factor.numel() != 1 or not factor.is_floating_point() or factor.device != like.device:
+        raise ValueError(
+            f"factor must be one float on {like.device}, got {factor.dtype} of shape "
+            f"{list(factor.shape)} on {factor.device}"
+        )
 
 
 def check_places(logits: Tensor) -> None:
@@ -93,7 +102,7 @@ def check_ids(name: str, ids: Tensor, vocab: int, read: Tensor | None) -> None:
     if not ids.numel():
         return
     lowest, highest = torch.aminmax(ids)
-    if lowest >= 0 and highest < vocab:
+    if lowest.item() >= 0 and highest.item() < vocab:
         return
     bad = (ids < 0) | (ids >= vocab)
     if read is not None:

@@ -4,11 +4,11 @@ wait, and no work for 1."""
 from __future__ import annotations
 
 from dcpo_kernels import backends
-from dcpo_kernels.ops.library import check_tensors, define
+from dcpo_kernels.ops.library import check_scalar, define
 
 
 def _launch(x, factor, backend):
-    check_tensors(x.device, factor=(factor, 1))
+    check_scalar(x, factor)
     if x.numel():
         backends.kernels(backend).multiply_(x, factor)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
-from dcpo_kernels.ops.library import check_places, check_tensors, define
+from dcpo_kernels.ops.library import check_places, check_scalar, check_tensors, define
 from dcpo_kernels.ops.records import schema_of, unpack
 
 
@@ -37,9 +37,9 @@ def _run(
     temperature: float,
     backend: str,
 ) -> None:
-    count = logits.shape[:-1].numel()
-    named = {name: (x, count) for name, x in coefficients._asdict().items()}
-    check_tensors(logits.device, **named, factor=(factor, 1))
+    check_tensors(logits, coefficients, logits.shape[:-1].numel())
+    if factor is not None:
+        check_scalar(logits, factor)
     if logits.numel():
         kernels = backends.kernels(backend)
         kernels.row_gradient(logits, gradient, coefficients, factor, temperature)

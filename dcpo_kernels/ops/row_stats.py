@@ -41,7 +41,7 @@ def _results(logits: Tensor, options: Options) -> RowStats:
 def _launch(logits, *flat):
     targets, options, (backend,) = unpack(flat, Targets, Options)
     count, vocab = logits.shape[:-1].numel(), logits.shape[-1]
-    check_tensors(logits.device, **{name: (x, count) for name, x in targets._asdict().items()})
+    check_tensors(logits, targets, count)
     check_ids("target_ids", targets.target_ids, vocab, targets.mask)
     stats = _results(logits, options)
     if logits.numel():

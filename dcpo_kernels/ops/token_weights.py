@@ -3,6 +3,8 @@ response to one per token."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,10 @@ from dcpo_kernels import backends
 from dcpo_kernels.ops.library import check_tensors, define
 from dcpo_kernels.ops.records import Grouping, Responses, schema_of, unpack
 from dcpo_kernels.responses import check_totals
+
+
+class Value(NamedTuple):
+    values: Tensor  # [R] float32
 
 
 def _responses(shape, grouping: Grouping, device: torch.device) -> Responses:
@@ -37,16 +43,10 @@ def _launch(like, *flat):
     count = responses.lengths.numel()
     skip_count = count if grouping.skip_by_response else shape.numel()
     check_tensors(
-        device,
-        mask=(grouping.mask, shape.numel()),
-        lengths=(grouping.lengths, count),
-        skip_zero=(grouping.skip_zero, skip_count),
-        num_responses_on_device=(grouping.num_responses_on_device, 1),
-        num_tokens_on_device=(grouping.num_tokens_on_device, 1),
-        max_length_on_device=(grouping.max_length_on_device, 1),
+        responses.weights, grouping, 1, mask=shape.numel(), lengths=count, skip_zero=skip_count
     )
     for x in values:
-        check_tensors(device, values=(x, count))
+        check_tensors(responses.weights, Value(x), count)
     spread = _spread(shape, values)
     backends.kernels(backend).token_weights(grouping, values, responses, spread)
     check_totals(grouping, responses.lengths)
