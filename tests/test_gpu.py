@@ -11,7 +11,7 @@ from problems import DTYPES, LAYOUTS, OBJECTIVES, Problem, assert_matches, probl
 import dcpo_kernels as dk
 from dcpo_kernels import backends, ops
 from dcpo_kernels.backends import cuda
-from dcpo_kernels.objectives import kernel_arguments
+from dcpo_kernels.ops.records import Options, Rows, Tokens
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,22 +109,27 @@ def test_odd_rows(vocab, blocks, dtype, name):
         torch.testing.assert_close(doubled, 2 * gradient)
 
 
-def rows(count: int, vocab: int):
+def rows(count: int, vocab: int) -> tuple[torch.Tensor, list]:
+    """Logits, and what the operators take beside them up to `with_gradient`."""
     draw = torch.Generator("cuda").manual_seed(0)
     logits = torch.randn(count, vocab, device="cuda", generator=draw).bfloat16()
     ids = torch.randint(0, vocab, (count,), device="cuda", generator=draw)
     old, advantages = torch.randn(2, count, device="cuda", generator=draw)
     weights = torch.full((count,), 1 / count, device="cuda")
-    objective = kernel_arguments(dk.dcpo())
-    rest = (ids, old - 10, advantages, weights, *[None] * 5, *objective, 1.0, True, False)
-    return logits, rest
+    tokens = Tokens(old - 10, advantages, weights, None, None)
+    return logits, [*Rows(ids, *[None] * 4), *tokens, *dk.dcpo().numbers, *Options(1.0, True)]
+
+
+def each(f, values) -> list:
+    """f of the tensors among them."""
+    return [f(x) if isinstance(x, torch.Tensor) else x for x in values]
 
 
 @pytest.mark.parametrize("vocab", [1003, 32000, 151936])
 def test_same_bits_in_any_batch_stream_and_run(vocab, backend):
     logits, rest = rows(200, vocab)
     wanted = ops.fused(logits, *rest, True, backend)
-    part = tuple(x[50:90] if isinstance(x, torch.Tensor) else x for x in rest)
+    part = each(lambda x: x[50:90], rest)
     queue = torch.cuda.Stream()
     queue.wait_stream(torch.cuda.current_stream())
     for _ in range(10):
@@ -156,7 +161,7 @@ def test_no_sync(backend):
     torch.cuda.set_sync_debug_mode("error")
     try:
         *_, gradient = ops.fused(logits, *rest, True, backend)
-        ops.scale_(gradient, torch.ones((), device="cuda"), backend)
+        ops.multiply_(gradient, torch.ones((), device="cuda"), backend)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -181,11 +186,13 @@ def test_no_sync_in_a_training_step(name, grouping, backend):
 @pytest.mark.parametrize("op", ops.__all__)
 def test_opcheck(op, layout, backend):
     def moved(x):
+        if isinstance(x, list):
+            return each(moved, x)
         if not isinstance(x, torch.Tensor):
             return x
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
 
-    arguments = test_ops.arguments_of(op, layout, torch.bfloat16)[:-1]
+    *arguments, _ = test_ops.arguments_of(op, layout, torch.bfloat16, "reference")
     torch.library.opcheck(getattr(ops, op), (*map(moved, arguments), backend))
 
 
@@ -224,7 +231,7 @@ def test_more_than_2_to_the_31_logits(backend):
     logits, rest = rows(1000, vocab)
     wanted = ops.fused(logits, *rest, True, backend)
     many = logits.repeat(count // 1000, 1)
-    repeated = tuple(x.repeat(count // 1000) if isinstance(x, torch.Tensor) else x for x in rest)
+    repeated = each(lambda x: x.repeat(count // 1000), rest)
     found = ops.fused_(many, *repeated, backend)
     for x, y in zip(wanted, found, strict=False):
         assert torch.equal(x.repeat(count // 1000), y)
@@ -236,8 +243,8 @@ def test_a_cuda_error_is_an_exception():
         pytest.skip(reason)
     x = torch.ones(4, device="cuda")
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
-        cuda._C.cuda_scale(
-            rows=1, vocab=4, dtype=2, x=x.data_ptr(), strides=(1, 0, 0), scale=x.data_ptr(),
+        cuda.C.cuda_multiply(
+            rows=1, vocab=4, dtype=2, x=(x.data_ptr(), 1, 0, 0), factor=x.data_ptr(),
             device=1000, stream=0,
         )  # fmt: skip
     assert (x * 2 == 2).all()  # and the context is as it was
