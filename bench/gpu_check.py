@@ -12,7 +12,6 @@ benchmark lie beside it, written after every case.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,106 +28,91 @@ ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 525.0
 GRACE_SECONDS = 8.0  # for what was told to stop to say what it has
 TAG = "DCPO_GPU_CHECK"  # an environment variable: whatever has our value of it is ours to end
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--maxfail", "10"]
 
 
 class Section(NamedTuple):
     name: str
     seconds: float  # at most
-    command: Callable[[], list[str]]  # asked for when its turn comes
+    command: str  # for bash, in the checkout
 
 
-def parts(folder: Path, device: str) -> dict[int, list[Section]]:
-    """device "cpu": a rehearsal of everything but the build, with a few small rows."""
-    rehearsal = ["--device", "cpu", "--backend", "cpu,cuda-cluster-2"] if device == "cpu" else []
-    workers = ["-n", "4"] if device == "cuda" and importlib.util.find_spec("xdist") else []
+BUILD = Section("build", 160, "$BUILD && ($INFO; nvidia-smi; nvcc --version; true)")
+SOME = "-k 'cluster_sizes or odd_rows or vocabularies or golden_batches' tests/test_gpu.py"
+ALL = "--continue-on-collection-errors --ignore-glob='*/test_train_*'"  # which need more packages
+PEERS = "fused two_pass read --objective dcpo,grpo --tokens 4096"
+PARTS = {
+    1: [
+        BUILD,
+        Section("correct", 120, f"$PYTEST {SOME}"),
+        Section("kernels", 180, "$BENCH --suite gpu $REHEARSAL --json $FOLDER/kernels.json"),
+        Section("profile", 90, "scripts/profile.sh $FASTEST"),
+    ],
+    2: [
+        BUILD,
+        Section("tests", 200, f"$PYTEST {ALL}"),
+        Section("sweep", 400, "$BENCH --suite gpu-sweep $REHEARSAL --json $FOLDER/sweep.json"),
+    ],
+    3: [
+        BUILD,
+        Section("sanitizers", 260, "scripts/sanitize.sh"),
+        Section("peers", 400, f"$BENCH {PEERS} $REHEARSAL --json $FOLDER/peers.json"),
+    ],
+}
 
-    def bench(name: str, seconds: float, *arguments: str) -> Section:
-        command = [sys.executable, "-m", "dcpo_kernels.cli", "bench", *arguments, *rehearsal]
-        return Section(name, seconds, lambda: [*command, "--json", str(folder / f"{name}.json")])
 
-    def profile() -> list[str]:
-        return ["scripts/profile.sh", *fastest(folder / "kernels.json")]
-
-    setup = f"{sys.executable} setup.py --quiet build_ext --inplace"
-    about = f"{sys.executable} -m dcpo_kernels.cli info; nvidia-smi; nvcc --version"
-    build = Section(
-        "build", 170, lambda: ["bash", "-c", f"{setup} && {about}" if device == "cuda" else about]
-    )
-    some = "cluster_sizes or odd_rows or vocabularies or golden_batches"
-    correct = [*PYTEST, *workers, "-k", some, "tests/test_gpu.py"]
-    # What trains needs more packages than a GPU does.
-    tests = [*PYTEST, *workers, "--continue-on-collection-errors", "--ignore-glob=*/test_train_*"]
-    quick, shape = ("0", ["16", "503"]) if device == "cpu" else ("4", ["4096", "qwen2.5"])
-    peers = ["fused", "two_pass", "read", "--objective", "dcpo,grpo", "--seconds", quick]
+def environment(folder: Path, device: str) -> dict[str, str]:
+    """Of the commands. device "cpu": a rehearsal of all but the build, with a few small rows."""
+    there = device == "cuda"
+    workers = "-n 4" if there and importlib.util.find_spec("xdist") else ""
+    small = "--device cpu --backend cpu,cuda-cluster-2 --seconds 0 --tokens 16 --vocab 503"
     return {
-        1: [
-            build,
-            Section("correct", 120, lambda: correct),
-            bench("kernels", 200, "--suite", "gpu", "--seconds", "0" if rehearsal else "20"),
-            Section("profile", 90, profile),
-        ],
-        2: [
-            build,
-            Section("tests", 200, lambda: tests),
-            bench("sweep", 400, "--suite", "gpu-sweep", "--seconds", "0" if rehearsal else "2"),
-        ],
-        3: [
-            build,
-            Section("sanitizers", 260, lambda: ["scripts/sanitize.sh"]),
-            bench("peers", 400, *peers, "--tokens", shape[0], "--vocab", shape[1]),
-        ],
-    }
-
-
-def fastest(path: Path) -> list[str]:
-    """What scripts/profile.sh takes, of the fastest of our rows in the record's first case."""
-    try:
-        rows = json.loads(path.read_text())["rows"]
-    except OSError:
-        return []
-    first = [
-        row
-        for row in rows
-        if (row["tokens"], row["vocab"]) == (rows[0]["tokens"], rows[0]["vocab"])
-    ]
-    ours = [row for row in first if row["kind"] == "ours" and "seconds" in row]
-    if not ours:
-        return []
-    best = min(ours, key=lambda row: row["seconds"]["median"])
-    return [best["name"].split(",")[0], str(best["tokens"]), str(best["vocab"])]
-
-
-def run(section: Section, limit: float) -> dict[str, Any]:
-    """Its exit status (None: it was stopped), its time, and the end of what it said. No process of
-    it is left."""
-    tag = f"{os.getpid()} {section.name}"
-    env = {
         "DCPO_CUDA": "ON",
         "DCPO_CUDA_ARCHS": "native",
         "COLUMNS": "150",
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "PYTHON": sys.executable,
-        TAG: tag,
+        "FOLDER": str(folder),
+        "FASTEST": " ".join(fastest(folder / "kernels.json")),
+        "BUILD": f"{sys.executable} setup.py --quiet build_ext --inplace" if there else "true",
+        "INFO": f"{sys.executable} -m dcpo_kernels.cli info",
+        "BENCH": f"{sys.executable} -m dcpo_kernels.cli bench --seconds 4",
+        "PYTEST": f"{sys.executable} -m pytest -q -m gpu --maxfail 10 {workers}",
+        "REHEARSAL": "" if there else small,
     }
-    start = time.monotonic()
-    stopped = False
+
+
+def fastest(path: Path) -> list[str]:
+    """What scripts/profile.sh takes, of the fastest of our rows in the record's first case."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    ours = [
+        (row["seconds"]["median"], row["name"].split(",")[0])
+        for row in rows
+        if row["kind"] == "ours" and row["tokens"] == rows[0]["tokens"] and "seconds" in row
+    ]
+    return [min(ours)[1], str(rows[0]["tokens"]), str(rows[0]["vocab"])] if ours else []
+
+
+def run(section: Section, limit: float, env: dict[str, str]) -> dict[str, Any]:
+    """Its exit status (None: it was stopped), its time, and the end of what it said. No process of
+    it is left."""
+    tag = f"{os.getpid()} {section.name}"
+    start, stopped = time.monotonic(), False
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            section.command(), cwd=ROOT, env=env, start_new_session=True,
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            ["bash", "-c", section.command], cwd=ROOT, env={**env, TAG: tag}, stdout=log,
+            stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
             stopped = True
             os.killpg(process.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_SECONDS)
         finally:
             end_all(tag)
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_SECONDS)
         log.seek(max(0, log.seek(0, os.SEEK_END) - 20_000))
         said = log.read().decode(errors="replace")
@@ -141,44 +125,34 @@ def end_all(tag: str) -> None:
     """Kills what was started with this tag, in whatever session and under whatever parent."""
     mark = f"{TAG}={tag}\0".encode()
     for _ in range(5):  # one may have started another meanwhile
-        ours = []
         for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 if mark in path.read_bytes():
-                    ours.append(int(path.parent.name))
-        for pid in ours:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if not ours:
-            return
-        time.sleep(0.05)
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", type=int, choices=(1, 2, 3), required=True)
-    parser.add_argument("--only", type=lambda text: text.split(","), help="sections, by name")
+    parser.add_argument("--part", type=int, choices=PARTS, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse")
     args = parser.parse_args()
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + PART_SECONDS
-    failed = 0
-    for section in parts(folder, args.device)[args.part]:
+    failed = False
+    for section in PARTS[args.part]:
         left = deadline - time.monotonic() - GRACE_SECONDS
-        if (args.only and section.name not in args.only) or left < GRACE_SECONDS:
-            continue
-        result = run(section, min(section.seconds, left))
+        result = run(section, min(section.seconds, left), environment(folder, args.device))
         with (folder / f"part{args.part}.jsonl").open("a") as file:
             file.write(json.dumps(result) + "\n")
-        failed += result["status"] != 0
+        failed |= result["status"] != 0
         state = {0: "ok", None: "STOPPED"}.get(result["status"], "FAILED")
         print(f"==== {section.name}: {state} after {result['seconds']} s")
         print(result["output"][-3000:], flush=True)
-    return min(failed, 1)
+    return int(failed)
 
 
 if __name__ == "__main__":

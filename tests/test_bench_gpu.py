@@ -7,13 +7,12 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from bench_runs import CASE
+from bench_runs import CASE, OURS
 
 from dcpo_kernels.bench import gpu_check, implementations, inputs, screen
 from dcpo_kernels.bench.operators import operators
@@ -21,8 +20,9 @@ from dcpo_kernels.bench.operators import operators
 LIMIT = 500.0  # seconds: stands for a section's own
 
 
-def command(text: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)]
+def run(command: str, limit: float = LIMIT) -> dict:
+    env = {**os.environ, "PYTHON": sys.executable}
+    return gpu_check.run(gpu_check.Section("one", limit, command), limit, env)
 
 
 @pytest.fixture
@@ -34,39 +34,12 @@ def ready(tmp_path, monkeypatch) -> Path:
         def wait(self, timeout=None):
             if timeout != LIMIT:
                 return super().wait(timeout)
-            while not path.exists() and self.poll() is None:
+            while not path.exists():
                 time.sleep(0.02)
             raise subprocess.TimeoutExpired(self.args, timeout)
 
     monkeypatch.setattr(gpu_check.subprocess, "Popen", Popen)
     return path
-
-
-def test_a_hanging_section_is_stopped_and_leaves_nothing(ready, monkeypatch):
-    """Neither the process, which won't be told to stop, nor a child in a session of its own."""
-    hang = command(
-        """
-        import os, signal, subprocess, sys, time
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-        child = subprocess.Popen(sleep, start_new_session=True)
-        print("half of it", flush=True)
-        with open(sys.argv[1] + ".part", "w") as file:
-            file.write(f"{os.getpid()} {child.pid}")
-        os.rename(file.name, sys.argv[1])
-        time.sleep(600)
-        """,
-        ready,
-    )
-    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.1)
-    found = gpu_check.run(gpu_check.Section("hang", LIMIT, lambda: hang), LIMIT)
-    assert found["status"] is None
-    assert found["output"] == "half of it\n"
-    for pid in ready.read_text().split():
-        end = time.monotonic() + 60
-        while running(pid):
-            assert time.monotonic() < end, f"{pid} is still there"
-            time.sleep(0.05)
 
 
 def running(pid: str) -> bool:
@@ -77,29 +50,30 @@ def running(pid: str) -> bool:
         return False
 
 
-def test_a_section_that_is_told_to_stop_may_say_what_it_has(ready):
-    politely = command(
-        """
-        import sys, time
-        try:
-            open(sys.argv[1], "w").close()
-            time.sleep(600)
-        except KeyboardInterrupt:
-            print("kept", flush=True)
-        """,
-        ready,
+def test_a_hanging_section_is_stopped_and_leaves_nothing(ready, monkeypatch):
+    """Neither the process, which won't be told to stop, nor a child in a session of its own."""
+    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.1)
+    found = run(
+        "trap '' INT; echo half of it; setsid sleep 600 &\n"
+        f"echo $$ $! > {ready}.part; mv {ready}.part {ready}; while true; do sleep 600; done"
     )
-    found = gpu_check.run(gpu_check.Section("polite", LIMIT, lambda: politely), LIMIT)
+    assert (found["status"], found["output"]) == (None, "half of it\n")
+    for pid in ready.read_text().split():
+        end = time.monotonic() + 60
+        while running(pid):
+            assert time.monotonic() < end, f"{pid} is still there"
+            time.sleep(0.05)
+
+
+def test_a_section_that_is_told_to_stop_may_say_what_it_has(ready):
+    found = run(f"trap 'echo kept; exit' INT; touch {ready}; while true; do sleep 0.1; done")
     assert (found["status"], found["output"]) == (None, "kept\n")
 
 
 def test_sections_after_a_failure_run_and_each_is_written(tmp_path, monkeypatch, capsys):
-    sections = [
-        gpu_check.Section("bad", 60, lambda: command("import os; os.abort()")),
-        gpu_check.Section("slow", 0.1, lambda: command("import time; time.sleep(600)")),
-        gpu_check.Section("good", 60, lambda: command("print('fine')")),
-    ]
-    monkeypatch.setattr(gpu_check, "parts", lambda folder, device: {1: sections})
+    commands = {"bad": (60, "kill -ABRT $$"), "slow": (0.1, "sleep 600"), "good": (60, "echo fine")}
+    sections = [gpu_check.Section(name, *rest) for name, rest in commands.items()]
+    monkeypatch.setattr(gpu_check, "PARTS", {1: sections})
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), "--part", "1"])
     assert gpu_check.main() == 1
     lines = (tmp_path / "part1.jsonl").read_text().splitlines()
@@ -108,44 +82,41 @@ def test_sections_after_a_failure_run_and_each_is_written(tmp_path, monkeypatch,
     assert "==== slow: STOPPED" in capsys.readouterr().out
 
 
-def test_no_part_takes_more_than_nine_minutes(tmp_path, monkeypatch):
-    """Even where every section takes all it may."""
-    now, taken = [0.0], []
+@pytest.mark.parametrize("part", gpu_check.PARTS)
+def test_no_part_takes_more_than_nine_minutes(part, tmp_path, monkeypatch):
+    """Even where every section takes all it may; and none is left without a chance."""
+    now = 0.0
 
-    def run(section, limit):
-        now[0] += limit + gpu_check.GRACE_SECONDS
-        taken.append(limit)
+    def run(section, limit, env):
+        nonlocal now
+        assert limit > 30
+        now += limit + gpu_check.GRACE_SECONDS
         return {"section": section.name, "status": None, "seconds": limit, "output": ""}
 
     monkeypatch.setattr(gpu_check, "run", run)
-    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now[0])
-    for part in (1, 2, 3):
-        now[0] = 0.0
-        monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), "--part", str(part)])
-        gpu_check.main()
-        assert now[0] <= 9 * 60
-    assert min(taken) > 30  # nothing is left without a chance
+    monkeypatch.setattr(gpu_check.time, "monotonic", lambda: now)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", str(tmp_path), "--part", str(part)])
+    gpu_check.main()
+    assert now <= 9 * 60
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [1, 2, 3])
+@pytest.mark.parametrize("part", gpu_check.PARTS)
 def test_rehearsal(part, tmp_path):
     """The commands themselves, on a CPU, with a few small rows."""
     check = [sys.executable, gpu_check.__file__, tmp_path, "--part", str(part), "--device", "cpu"]
-    wanted = {1: ["build", "correct", "kernels", "profile"], 2: ["build", "tests", "sweep"]}
-    wanted[3] = ["build", "sanitizers", "peers"]
     done = subprocess.run(check, capture_output=True, text=True, check=False)
-    found = [json.loads(line) for line in (tmp_path / f"part{part}.jsonl").read_text().splitlines()]
-    assert [line["section"] for line in found] == wanted[part]
-    assert {line["section"]: line["status"] for line in found} == dict.fromkeys(wanted[part], 0)
     assert done.returncode == 0, done.stdout
-    for name in {1: ["kernels"], 2: ["sweep"], 3: ["peers"]}[part]:
-        record = json.loads((tmp_path / f"{name}.json").read_text())
-        assert record["complete"]
-        assert any(row["kind"] == "ours" and "seconds" in row for row in record["rows"])
-    if part == 1:
-        backend, *shape = gpu_check.fastest(tmp_path / "kernels.json")
-        assert (backend, shape) == ("cpu", ["16", "503"])
+    lines = (tmp_path / f"part{part}.jsonl").read_text().splitlines()
+    found = {line["section"]: line["status"] for line in map(json.loads, lines)}
+    assert found == {section.name: 0 for section in gpu_check.PARTS[part]}
+    (path,) = tmp_path.glob("*.json")
+    assert path.stem in found
+    record = json.loads(path.read_text())
+    assert record["complete"]
+    assert any("seconds" in row for row in record["rows"])
+    if OURS == "cpu":
+        assert gpu_check.fastest(path) == ["cpu", "16", "503"]
 
 
 # ---- scripts ------------------------------------------------------------------------------------
@@ -251,21 +222,17 @@ def test_without_rich_tables_are_plain(monkeypatch, capsys):
 def test_a_machine_with_nothing_but_torch_measures(tmp_path):
     """No rich, no matplotlib, no pydantic: a sentence each, and the record is written."""
     path = tmp_path / "run.json"
-    done = subprocess.run(
-        command(
-            """
-            import sys
-            sys.modules.update(dict.fromkeys(["rich", "matplotlib", "pydantic", "pynvml"]))
-            from dcpo_kernels import cli
-            what = ["--tokens", "8", "--vocab", "503", "--backend", "eager", "--peers", "none"]
-            how = ["--seconds", "0", "--json", sys.argv[1], "--plot", "x"]
-            measured = cli.main(["bench", *what, *how])
-            print(measured, cli.main(["bench", "--load", sys.argv[1]]))
-            """,
-            path,
-        ),
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+    code = """if True:
+        import sys
+        sys.modules.update(dict.fromkeys(["rich", "matplotlib", "pydantic", "pynvml"]))
+        from dcpo_kernels import cli
+        what = ["--tokens", "8", "--vocab", "503", "--backend", "eager", "--peers", "none"]
+        how = ["--seconds", "0", "--json", sys.argv[1], "--plot", "x"]
+        measured = cli.main(["bench", *what, *how])
+        print(measured, cli.main(["bench", "--load", sys.argv[1]]))
+    """
+    command = [sys.executable, "-c", code, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["complete"]
     assert "nothing drawn: matplotlib is not installed" in done.stdout
