@@ -13,7 +13,7 @@ from dcpo_kernels._version import __version__
 # Name: (module with add_arguments(parser) and main(args) -> exit status, the extra that it needs,
 # help). A module is imported when its command is called: no command waits for another's imports.
 _COMMANDS = {
-    "demo": ("dcpo_kernels.train.demo", "train", "train a small model with GRPO and with DCPO"),
+    "demo": ("dcpo_kernels.demo.cli", "train", "train a small model with GRPO and with DCPO"),
     "bench": ("dcpo_kernels.bench.cli", "bench", "time the kernels beside plain PyTorch"),
     "info": (
         "dcpo_kernels.info",

@@ -364,14 +364,8 @@ def summarize(
 ):
     columns = tl.arange(0, BLOCK)
     nothing = tl.zeros([BLOCK], tl.float32)
-    losses, reads, log_sum, entropies, ratios, kl = (
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-        nothing,
-    )
+    losses, reads, log_sum = nothing, nothing, nothing
+    entropies, ratios, kl = nothing, nothing, nothing
     high, low, cap, region, tokens = nothing, nothing, nothing, nothing, nothing
     smallest = nothing + float("inf")
     largest = nothing - float("inf")

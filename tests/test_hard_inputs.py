@@ -245,6 +245,24 @@ def bits(number: int) -> torch.Tensor:
 
 
 @everywhere
+@pytest.mark.parametrize("what", ["old", "ref"])
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "cispo", "dppo-kl"])
+def test_a_ratio_of_nothing_to_nothing(name, what, use_backend):
+    """p = q = 0: 0/0 is that row's loss (gspo: its response's), and no other row's gradient."""
+    p = problem(OBJECTIVES[name](kl_coef=0.1 * (what == "ref")), lengths=(3, 2, 4))
+    row, ids = 3, p.arguments["target_ids"]
+    p.base[row, ids[row]] = -INF
+    p.arguments["old_logprobs" if what == "old" else "ref_logprobs"][row] = -INF
+    out, gradient = p.run(backend=use_backend)
+    own = torch.arange(9) == row
+    if name == "gspo" and what == "old":
+        own = torch.tensor([False] * 3 + [True] * 2 + [False] * 4)
+    assert not out.token_loss[own].isfinite().any()
+    assert out.token_loss[~own].isfinite().all() and gradient[~own].isfinite().all()
+    assert not out.loss.isfinite()
+
+
+@everywhere
 @on_dtypes
 @pytest.mark.parametrize("poison", [NAN, INF], ids=["nan", "inf"])
 def test_a_poisoned_logit_stays_in_its_row(poison, dtype, use_backend):
@@ -269,6 +287,26 @@ def test_a_poisoned_logit_stays_in_its_row(poison, dtype, use_backend):
     assert gradient2[broken].isnan().all()
     assert torch.equal(gradient[~broken], gradient2[~broken])
     assert out2.loss.isnan()
+
+
+@everywhere
+@on_dtypes
+@pytest.mark.parametrize("poison", [NAN, INF], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", ["grpo", "dppo-kl", "penalty-tv", "penalty-topk_kl"])
+def test_a_poisoned_row_is_nan_everywhere(name, poison, dtype, use_backend):
+    """Where logits are -inf too: 2^-inf times NaN is 0 in AVX-512."""
+    for parts in ({}, {"entropy_coef": 0.1}):
+        p = problem(OBJECTIVES[name](**parts), dtype=dtype, lengths=(2, 1))
+        p.base[1, ::2] = -INF
+        p.base[1, 5] = poison
+        out, gradient = p.run(backend=use_backend)
+        assert out.token_loss[1].isnan() and gradient[1].isnan().all()
+        assert gradient[[0, 2]].isfinite().all()
+    leaf = p.base.clone().requires_grad_()
+    ids = p.arguments["target_ids"]
+    logprobs, _ = dk.selected_logprobs(leaf, ids, backend=use_backend)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
+    assert logprobs[1].isnan() and gradient[1].isnan().all() and gradient[[0, 2]].isfinite().all()
 
 
 @everywhere
@@ -348,6 +386,42 @@ def test_logits_of_any_size(temperature, dtype, use_backend):
     rows = rows.to(dtype)
     ids = [0, 2050, 2060, 5, 6, 7, int(rows[6].argmax())]
     assert_selected(rows, ids, use_backend, temperature)
+
+
+@on_kernels()
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("peak", [17.0, 23.0, 30.0, 40.0])
+def test_what_lies_beside_a_peak(peak, dtype, use_backend):
+    """151,936 logits, one of them so far above the others that log p, the entropy and the target's
+    1 - p are a sum of terms below float32's resolution at 1: each to a few of its last places."""
+    vocab = 151_936
+    places = [0, 7, 2047, 2048, vocab // 2, vocab - 1]
+    rows = torch.randn(len(places) + 4, vocab).to(dtype)
+    for row, place in enumerate(places):
+        rows[row, place] = peak + 3
+    rows[-4, [3, 90_000]] = peak + 3  # two of them
+    rows[-3, 100:60_000:5_000] = torch.linspace(8, peak, 12).to(dtype)  # one after the other
+    rows[-3, 70_001] = peak + 3
+    rows[-2, :2048], rows[-2, 5000] = -INF, peak + 3
+    rows[-1, 4], rows[-1, 100_000] = 1.5, peak + 3  # the peak is not the target
+    ids = torch.tensor([*places, 3, 70_001, 5000, 4])
+    d, top = rows.double(), rows.double().max(1)  # float64 has no digits left at 40 nats either
+    d = d - top.values[:, None]
+    e = d.exp()
+    log_sum = e.scatter(1, top.indices[:, None], 0.0).sum(1).log1p()
+    want = d.gather(1, ids[:, None])[:, 0] - log_sum
+    want_entropy = log_sum - (e * d.nan_to_num(neginf=0.0)).sum(1) / e.sum(1)
+    leaf = rows.clone().requires_grad_()
+    logprobs, entropy = dk.selected_logprobs(leaf, ids, with_entropy=True, backend=use_backend)
+    torch.testing.assert_close(logprobs.double(), want, rtol=5e-6, atol=0)
+    torch.testing.assert_close(entropy.double(), want_entropy, rtol=5e-6, atol=0)
+    (gradient,) = torch.autograd.grad(logprobs.sum(), leaf)
+    expected = -torch.expm1(want)
+    found = gradient.double().gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5 + ROUNDING[dtype], atol=0)
+    gradient = run(rows, ids, old=want.float(), backend=use_backend)[1]  # ratio 1, g = -1
+    found = gradient.double().gather(1, ids[:, None])[:, 0] * -len(ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5 + ROUNDING[dtype], atol=0)
 
 
 @everywhere

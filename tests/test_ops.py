@@ -298,6 +298,15 @@ def test_compiled(name, use_backend):
 
 @on_backends(*BACKENDS)
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])
+def test_compiled_with_one_response(name, use_backend):
+    options = {"objective": OBJECTIVES[name](), "backend": use_backend}
+    data = {**batch(9, 3), "advantages": torch.tensor([0.5]), "lengths": torch.tensor([9])}
+    compiled = torch.compile(policy, fullgraph=True, dynamic=True)
+    assert_compiled_agrees(compiled, policy, data, **options)
+
+
+@on_backends(*BACKENDS)
+@pytest.mark.parametrize("name", ["dcpo", "gspo"])
 def test_no_recompilation_from_one_step_to_the_next(name, use_backend):
     """Numbers of tokens and responses, lengths, and all values change with each step."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -4,6 +4,7 @@ what the reference says."""
 from __future__ import annotations
 
 import itertools
+import subprocess
 
 import emulator
 import pytest
@@ -186,20 +187,22 @@ DECIDED["icepop with terms"] = dk.icepop(0.7, 1.3, **EXTRAS)
 def decide_case(lengths: Tensor, by_response: bool = False, rest: int = 0, drift: float = 0.4):
     """Rows of responses and some after them. A third of them have weight 0 and hold NaN."""
     rows = int(lengths.sum()) + rest
-    logprobs = -2 * torch.rand(rows) - 0.01
+    logprobs, weights = -2 * torch.rand(rows) - 0.01, torch.rand(rows) + 0.5
     drifts = drift * torch.randn(rows)
-    drifts[: rows - rest] += (drift * torch.randn(len(lengths))).repeat_interleave(lengths)
+    apart = 2 * drift * torch.linspace(-1, 1, len(lengths))  # far enough to be clipped as a whole
+    drifts[: rows - rest] += apart.repeat_interleave(lengths)
     tokens = Tokens(
         old_logprobs=(logprobs + drifts).clamp(max=-0.001),
         advantages=torch.randn(rows),
-        weights=torch.rand(rows) + 0.5,
+        weights=weights,
         ref_logprobs=logprobs + torch.randn(rows),
         importance_weights=torch.rand(rows) + 0.5,
     )
     unread = torch.rand(rows) < 0.3
     for x in (logprobs, *tokens):
+        assert x is not None
         x[unread] = NAN
-    tokens.weights[unread] = 0.0
+    weights[unread] = 0.0
     offsets = torch.cat([integers(0), lengths.cumsum(0)])
     groups = RatioGroups(by_response, offsets, lengths)
     return Read(logprobs, torch.rand(rows)), tokens, groups
@@ -362,6 +365,33 @@ def test_finish_says_nan(row, backend):
         assert getattr(summary, name) != getattr(summary, name)
     response_loss = ops.finish(*results, *responses, backend)[1]
     assert response_loss.isnan().tolist() == [row < 6, False, row >= 6]
+
+
+# ---- under sanitizers ---------------------------------------------------------------------------
+
+STRESS = (
+    "emu/stress_responses.cpp",
+    "emu/cuda.cpp",
+    "emu/hopper.cpp",
+    "cuda/responses.cu",
+    "cpu/responses.cpp",
+)
+
+
+def stress(*arguments: int, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    program = emulator.build("stress_responses", STRESS, *flags)
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_random_batches_under_address_and_undefined_behaviour_sanitizers():
+    done = stress(0, 25, flags=("-fsanitize=address,undefined", "-fno-sanitize-recover=all"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "25 batches agree" in done.stdout
+
+
+def test_a_missing_barrier_would_be_noticed():
+    flags = ("-DDCPO_EMU_WITHOUT_SYNCTHREADS",)
+    assert all(stress(seed, 1, flags=flags).returncode == 1 for seed in range(3))
 
 
 # ---- as torch sees them -------------------------------------------------------------------------

@@ -254,6 +254,47 @@ def test_after_a_fork():
     assert python(code) == "0\n"
 
 
+@linux
+def test_a_small_batch_takes_one_thread():
+    """A call and its backward start no thread: where another process has the other cores, waiting
+    for them takes a hundred times as long as the work."""
+    code = """
+        import os
+        import torch
+        import dcpo_kernels as dk
+        torch.set_num_threads(4)
+        logits, ids = torch.randn(64, 1000).requires_grad_(), torch.zeros(64).long()
+        old, A = torch.full((64,), -7.0), torch.ones(8)
+        before = len(os.listdir("/proc/self/task"))
+        for options in ({"lengths": [8] * 8}, {"lengths": [8] * 8, "objective": dk.gspo()}):
+            out = dk.policy_loss(logits, ids, old, A, **options)
+            torch.autograd.grad(0.5 * out.loss, logits)
+        torch.autograd.grad(0.5 * dk.selected_logprobs(logits, ids)[0].sum(), logits)
+        print(len(os.listdir("/proc/self/task")) - before)
+        """
+    assert python(code) == "0\n"
+
+
+@linux
+def test_after_a_fork_before_the_first_call():
+    """torch's pool is started, ours was never called: the child must not wait for it."""
+    code = """
+        import os, signal
+        import torch
+        import dcpo_kernels as dk
+        torch.set_num_threads(3)
+        logits, ids = torch.randn(64, 50_000), torch.zeros(64).long()
+        expected = torch.log_softmax(logits, -1)[:, 0]
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            found = dk.selected_logprobs(logits, ids)[0]
+            os._exit(0 if (found - expected).abs().max() < 1e-5 else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+    assert python(code) == "0\n"
+
+
 @on_kernels()
 def test_called_from_several_threads_at_once(use_backend):
     from concurrent.futures import ThreadPoolExecutor

@@ -10,7 +10,7 @@ from train_world import PROBLEMS, SUMS, TOKENIZER, VOCAB, small_model, small_tra
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dcpo_kernels as dk
-from dcpo_kernels.train.arithmetic import as_problems, make_sums
+from dcpo_kernels.demo.arithmetic import as_problems, make_sums
 from dcpo_kernels.train.batch import collate, response_logits
 from dcpo_kernels.train.clock import Clock
 from dcpo_kernels.train.rollout import Rollout, decode, encode, end_ids, generate, sample

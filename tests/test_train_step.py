@@ -153,7 +153,7 @@ def test_smooth_advantages_remember_a_problem_by_its_index():
 def sampled_with(trainer, monkeypatch, scores):
     """What `collect` gives where the rewards are these, in order."""
     queue = iter(scores)
-    monkeypatch.setattr(experience, "reward", lambda text, truth: next(queue))
+    monkeypatch.setattr(experience, "score", lambda texts, truths: [next(queue) for _ in texts])
     return trainer.sampler.collect(Clock(CPU))
 
 

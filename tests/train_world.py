@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from dcpo_kernels.demo.arithmetic import as_problems, make_sums, make_tokenizer
+from dcpo_kernels.demo.warmup import make_model, warm_up
 from dcpo_kernels.train import Trainer, recipes
-from dcpo_kernels.train.arithmetic import as_problems, make_sums, make_tokenizer
-from dcpo_kernels.train.warmup import make_model, warm_up
 
 VOCAB = 45  # odd, and more than the tokenizer has
 TOKENIZER = make_tokenizer()

@@ -51,19 +51,19 @@ std::atomic<const Isa*>& chosen() {
 // torch.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-Parallel torch_pool() {
 #if defined(_WIN32)
-  return nullptr;
+Parallel torch_pool() { return nullptr; }
 #else
-  // A pool does not survive a fork: a child would wait for threads that it does not have.
-  static std::atomic<bool> forked{false};
-  static const Parallel pool = [] {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    return reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  }();
+// A pool does not survive a fork: a child would wait for threads that it does not have. Known from
+// the import on, as torch may have started its pool before our first call.
+std::atomic<bool> forked{false};
+const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+Parallel torch_pool() {
+  static const auto pool = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return forked ? nullptr : pool;
-#endif
 }
+#endif
 
 // Calls work() in `threads` threads, this one among them; where there is no pool, in threads of our
 // own, made for the call.
@@ -148,6 +148,13 @@ void cpu_gradient(const GradientArgs& args, int threads) {
   const RowKernels& kernels = *chosen().load()->kernels;
   for_each_row(args.shape.rows, args.shape.vocab, threads,
                [&](int64_t row) { kernels.gradient(args, row); });
+}
+
+void cpu_multiply(const MultiplyArgs& args, int threads) {
+  if (*args.factor == 1.0f) return;
+  const RowKernels& kernels = *chosen().load()->kernels;
+  for_each_row(args.shape.rows, args.shape.vocab, threads,
+               [&](int64_t row) { kernels.multiply(args, row); });
 }
 
 }  // namespace dcpo

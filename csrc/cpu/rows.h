@@ -63,11 +63,19 @@ struct GradientArgs {
   const float *g, *h;                        // h may be null
 };
 
+// x times a factor, rows in place.
+struct MultiplyArgs {
+  Shape shape;
+  View x;
+  const float* factor;
+};
+
 // One compiled body for each instruction set: a single row of each kernel.
 struct RowKernels {
   void (*fused)(const FusedArgs&, int64_t row);
   void (*stats)(const StatsArgs&, int64_t row);
   void (*gradient)(const GradientArgs&, int64_t row);
+  void (*multiply)(const MultiplyArgs&, int64_t row);
 };
 
 extern const RowKernels kRowKernelsAvx512, kRowKernelsAvx2, kRowKernelsPortable;
@@ -81,5 +89,6 @@ void cpu_use_isa(const std::string& name);
 void cpu_fused(const FusedArgs& args, int threads);
 void cpu_stats(const StatsArgs& args, int threads);
 void cpu_gradient(const GradientArgs& args, int threads);
+void cpu_multiply(const MultiplyArgs& args, int threads);
 
 }  // namespace dcpo

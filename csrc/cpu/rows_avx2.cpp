@@ -5,5 +5,5 @@
 #define DCPO_VECTOR_BYTES 32
 #include "rows.inc"
 
-const dcpo::RowKernels dcpo::kRowKernelsAvx2 = {fused, stats, gradient};
+const dcpo::RowKernels dcpo::kRowKernelsAvx2 = {fused, stats, gradient, multiply};
 #endif

@@ -5,5 +5,5 @@
 #define DCPO_VECTOR_BYTES 64
 #include "rows.inc"
 
-const dcpo::RowKernels dcpo::kRowKernelsAvx512 = {fused, stats, gradient};
+const dcpo::RowKernels dcpo::kRowKernelsAvx512 = {fused, stats, gradient, multiply};
 #endif

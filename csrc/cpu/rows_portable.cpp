@@ -2,4 +2,4 @@
 #define DCPO_VECTOR_BYTES 16
 #include "rows.inc"
 
-const dcpo::RowKernels dcpo::kRowKernelsPortable = {fused, stats, gradient};
+const dcpo::RowKernels dcpo::kRowKernelsPortable = {fused, stats, gradient, multiply};

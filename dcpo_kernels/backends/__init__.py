@@ -13,6 +13,8 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+import dcpo_kernels.backends._compiled  # noqa: F401  the module watches for forks from now on
+
 # In order of preference.
 _CANDIDATES = {"cpu": ("cpu", "reference", "triton"), "cuda": ("cuda", "triton", "reference")}
 _MODULES = {

@@ -160,3 +160,13 @@ def finish_arguments(results: Results, responses: Responses, totals: Totals) -> 
         "count": responses.lengths.numel(),
         **_named(results, responses, totals),
     }
+
+
+def multiply_arguments(x: Tensor, factor: Tensor) -> dict[str, Any]:
+    return {
+        "rows": row_count(x),
+        "vocab": x.shape[-1],
+        "dtype": DTYPES[x.dtype],
+        "x": view(x),
+        "factor": factor.data_ptr(),
+    }

@@ -41,5 +41,4 @@ def finish(*records: Any) -> None:
 
 
 def multiply_(x: Tensor, factor: Tensor) -> None:
-    if factor.item() != 1:
-        x.mul_(factor.to(torch.float32))
+    C.cpu_multiply(**_compiled.multiply_arguments(x, factor), threads=torch.get_num_threads())

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dcpo_kernels.backends import _compiled
 from dcpo_kernels.backends._compiled import C
-from dcpo_kernels.backends.layout import row_count
 
 # How many blocks hold a row of `fused`: -1 as the table in csrc/cuda/plan.h says, 0 the streaming
 # kernel. For tests and for measuring the table.
@@ -65,12 +64,4 @@ def finish(results: Any, *records: Any) -> None:
 
 
 def multiply_(x: Tensor, factor: Tensor) -> None:
-    dense = x.is_contiguous()
-    C.cuda_multiply(
-        rows=1 if dense else row_count(x),
-        vocab=x.numel() if dense else x.shape[-1],
-        dtype=_compiled.DTYPES[x.dtype],
-        x=(x.data_ptr(), 1, 0, 0) if dense else _compiled.view(x),
-        factor=factor.data_ptr(),
-        **_where(x),
-    )
+    C.cuda_multiply(**_compiled.multiply_arguments(x.view(1, -1) if x.is_contiguous() else x, factor), **_where(x))

@@ -73,8 +73,10 @@ def sample(
     """One token a row from softmax(logits / temperature), and its log-probability.
 
     By the inverse of the distribution function, a block of the vocabulary first and a token inside
-    it second: one random number a row, and no running sum over 100,000 small numbers. Overwrites
-    float32 logits.
+    it second. torch.multinomial draws a number per entry where this draws one per row. On two x86
+    cores it took 301 ms of processor time to this one's 55 at 64 x 151,936 float32 logits, and 501
+    to 55 at the demo's 512 x 32,768; one running sum per row, in float64, took 173 and 301.
+    Overwrites float32 logits.
     """
     rows, vocabulary = logits.shape
     weights = logits.float()

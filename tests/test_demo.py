@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 
 import pytest
-from train_world import TOKENIZER, disk_of
+from train_world import disk_of
 
-from dcpo_kernels.train import demo, read_problems
-from dcpo_kernels.train.arithmetic import LARGEST, STYLES, as_problems, make_sums
+from dcpo_kernels.demo import cli, stages
+from dcpo_kernels.train import read_problems
 from dcpo_kernels.train.loop import read_metrics
-from dcpo_kernels.train.rewards import boxed_answer
-from dcpo_kernels.train.rollout import decode, encode
-from dcpo_kernels.train.warmup import make_model
 
 TINY = [
     "--warmup-problems=64",
@@ -37,8 +33,8 @@ TINY = [
 
 def run(tmp_path, *options):
     parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return demo.main(parser.parse_args([*TINY, "--output-dir", str(tmp_path), *options]))
+    cli.add_arguments(parser)
+    return cli.main(parser.parse_args([*TINY, "--output-dir", str(tmp_path), *options]))
 
 
 def check_outputs(path, methods, steps):
@@ -100,13 +96,13 @@ def test_the_time_budget_stops_it_cleanly(tmp_path, capsys):
 
 
 def test_control_c_leaves_what_was_measured(tmp_path, monkeypatch, capsys):
-    whole = demo.train
+    whole = stages.train
 
     def interrupted(trainers, out, **parts):
         whole(trainers, out, **{**parts, "steps": 2})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train", interrupted)
+    monkeypatch.setattr(stages, "train", interrupted)
     assert run(tmp_path, "--methods", "dcpo") == 130
     table, results = check_outputs(tmp_path, ["dcpo"], 2)
     assert results["stopped"] == ["interrupted"] and "after" not in results
@@ -141,13 +137,8 @@ def test_impossible_options_are_refused(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("hidden_size", [1, 8, 33, 50, 97])
-def test_any_width_makes_a_model(hidden_size):
-    make_model(TOKENIZER, hidden_size, layers=1)
-
-
 def test_a_place_that_cannot_be_written_is_found_first(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo.Demo, "run", lambda self: pytest.fail("work was done"))
+    monkeypatch.setattr(stages.Demo, "run", lambda self: pytest.fail("work was done"))
     (tmp_path / "file").touch()
     (tmp_path / "out" / "curves.png").mkdir(parents=True)
     for place, why in (("file/below", "Not a directory"), ("out", "Is a directory")):
@@ -163,33 +154,3 @@ def test_a_disk_that_fills_up_costs_no_results(tmp_path, capsys):
     assert "held-out accuracy" in out and "Steps made: 3 dcpo" in out
     assert err.startswith("dcpo demo: ") and "File too large" in err and err.count("\n") == 1
     assert "after" in json.loads((tmp_path / "results.json").read_text())
-
-
-def test_sums_are_sums():
-    sums = make_sums(200, 4, seed=3)
-    assert len({s.text for s in sums}) == 200
-    assert sums == make_sums(200, 4, seed=3) != make_sums(200, 4, seed=4)
-    for s in sums:
-        assert eval(s.text) == s.totals[-1]
-        assert all(0 <= total <= LARGEST for total in s.totals)
-    with pytest.raises(ValueError, match="there are no 1000 distinct sums of 2 numbers"):
-        make_sums(1000, 2, seed=0)
-
-
-def test_demonstrations_show_every_style():
-    generator = random.Random(0)
-    (s,) = make_sums(1, 4, seed=0)
-    texts = [s.demonstration(generator) for _ in range(2000)]
-    unformatted = [t for t in texts if boxed_answer(t) is None]
-    worked = [t for t in texts if t.startswith(" ".join(map(str, s.totals)))]
-    assert len(unformatted) / 2000 == pytest.approx(STYLES["unformatted"], abs=0.03)
-    assert len(worked) / 2000 == pytest.approx(STYLES["worked"], abs=0.03)
-    assert all(boxed_answer(t) == str(s.totals[-1]) for t in worked)
-    ids = TOKENIZER(texts[0])["input_ids"]
-    assert decode(TOKENIZER, [ids]) == [texts[0]]
-
-
-def test_prompts_go_through_the_chat_template():
-    (problem,) = as_problems(make_sums(1, 3, seed=0), 0)
-    (ids,) = encode(TOKENIZER, [problem])
-    assert TOKENIZER.decode(ids) == f"<|user|> {problem.prompt[0]['content']} <|assistant|>"

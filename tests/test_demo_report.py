@@ -6,9 +6,8 @@ import pytest
 import torch
 from train_world import small_trainer
 
-from dcpo_kernels.losses import policy_loss
-from dcpo_kernels.train import recipes, timing
-from dcpo_kernels.train.report import (
+from dcpo_kernels.demo import timing
+from dcpo_kernels.demo.report import (
     Row,
     Value,
     leader,
@@ -16,6 +15,8 @@ from dcpo_kernels.train.report import (
     mean_over_steps,
     verdict,
 )
+from dcpo_kernels.losses import policy_loss
+from dcpo_kernels.train import recipes
 
 
 def row(better, **values):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from dcpo_kernels.demo.arithmetic import Sum, as_problems
 from dcpo_kernels.losses import selected_logprobs
-from dcpo_kernels.train.arithmetic import Sum, as_problems
 from dcpo_kernels.train.batch import Batch, collate, response_logits
 from dcpo_kernels.train.rollout import encode
 

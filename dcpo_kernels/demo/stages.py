@@ -1,4 +1,4 @@
-"""`dcpo demo`: a small language model learns sums by GRPO and by DCPO, from the same start."""
+"""What the demo does: problems, warm-up, evaluation, training, evaluation, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,91 +19,29 @@ import transformers
 from rich.console import Console
 
 from dcpo_kernels import __version__, backends
-from dcpo_kernels.files import check_writable, written_whole
-from dcpo_kernels.train import report
-from dcpo_kernels.train.arithmetic import (
+from dcpo_kernels.demo import report
+from dcpo_kernels.demo.arithmetic import (
     MAX_NEW_TOKENS,
     Sum,
     as_problems,
     make_sums,
     make_tokenizer,
 )
+from dcpo_kernels.demo.plots import plot
+from dcpo_kernels.demo.progress import progress
+from dcpo_kernels.demo.timing import loss_seconds
+from dcpo_kernels.demo.warmup import PADDED_STEPS, make_model, warm_up
+from dcpo_kernels.files import check_writable, written_whole
 from dcpo_kernels.train.config import recipes
 from dcpo_kernels.train.data import Problem, read_problems, write_problems
 from dcpo_kernels.train.evaluate import evaluate
 from dcpo_kernels.train.loop import read_metrics, train
-from dcpo_kernels.train.plots import plot
-from dcpo_kernels.train.progress import progress
 from dcpo_kernels.train.step import Trainer
-from dcpo_kernels.train.timing import loss_seconds
-from dcpo_kernels.train.warmup import PADDED_STEPS, make_model, warm_up
 
 OPERANDS = 4
 RESULTS = ("table.txt", "curves.png", "results.json")
 WARMUP_SHARE = 0.35  # of the time: no more, or nothing is left to see
 CURVE_PROBLEMS, CURVE_SAMPLES = 128, 4  # what the accuracy between the steps is measured on
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    methods = list(recipes())
-    add = parser.add_argument
-    add(
-        "--output-dir",
-        type=Path,
-        default=Path("dcpo-demo"),
-        help="gets problems, metrics, table and plots",
-    )
-    add("--seed", type=int, default=0)
-    add(
-        "--minutes",
-        type=float,
-        default=5.0,
-        help="wall-clock budget; training stops cleanly before it",
-    )
-    add("--steps", type=int, default=60, help="training steps of each method")
-    add(
-        "--methods",
-        nargs="+",
-        choices=methods,
-        default=["grpo", "dcpo"],
-        metavar="METHOD",
-        help=", ".join(methods),
-    )
-    add("--problems", type=int, default=1024, help="problems to train on")
-    add("--heldout", type=int, default=256, help="problems to evaluate on")
-    add("--samples", type=int, default=8, help="k of the sampled Avg@k at the end")
-    add("--warmup-problems", type=int, default=3072)
-    add("--warmup-steps", type=int, default=1100, help="supervised steps before")
-    add("--prompts-per-step", type=int, default=64)
-    add("--group-size", type=int, default=8, help="responses to a prompt")
-    add("--minibatches", type=int, default=4, help="updates per rollout")
-    add("--learning-rate", type=float, default=3e-4)
-    add("--hidden-size", type=int, default=64)
-    add("--layers", type=int, default=2)
-    add("--vocab-size", type=int, default=32768, help="the embedding is padded to this many rows")
-
-
-def main(args: argparse.Namespace) -> int:
-    try:
-        demo = Demo(args)
-    except (ValueError, OSError) as error:
-        print(f"dcpo demo: {error}", file=sys.stderr)
-        return 2
-    status = 0
-    try:
-        try:
-            demo.run()
-        except KeyboardInterrupt:
-            demo.say_stopped("interrupted")
-            status = 130
-        except OSError as error:  # such as a disk that is full by now
-            demo.say_stopped(f"stopped: {error}")
-            status = 1
-        demo.finish()
-    except OSError as error:
-        print(f"dcpo demo: results in {args.output_dir} are not complete: {error}", file=sys.stderr)
-        return 1
-    return status
 
 
 class Demo:

@@ -11,9 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from dcpo_kernels.demo.report import Histories
 from dcpo_kernels.files import written_whole
 from dcpo_kernels.train.clock import PHASES
-from dcpo_kernels.train.report import Histories
 
 COLORS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#5c4d7d")  # methods
 PALE = (
