@@ -28,6 +28,8 @@ from dcpo_kernels.bench.shapes import DTYPES, MODELS, OBJECTIVES, Case, positive
 from dcpo_kernels.bench.suites import SUITES
 from dcpo_kernels.files import check_writable
 
+DEFAULT = [name for name in BACKENDS if name != "reference"]
+
 
 def _list(known: Any = None, of: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
     """An argument type: names (of `known`) or numbers, separated by commas."""
@@ -45,18 +47,19 @@ def _list(known: Any = None, of: Callable[[str], Any] = str) -> Callable[[str], 
     return parse
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share in 0..1")
-    return value
+def _number(what: str, below: float) -> Callable[[str], float]:
+    """An argument type: a number from 0 up."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not 0 <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return parse
 
 
-def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
-    return value
+_share, _amount = _number("a share in 0..1", 1.0), _number("a number from 0 up", math.inf)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,18 +171,6 @@ def _cases(args: argparse.Namespace, device: str) -> list[Case]:
     ]
 
 
-def _implementations(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Names of backends and peers: what was asked for, else what the suite is about."""
-    if args.suite in ("gpu", "gpu-sweep"):
-        names, peers = ["cuda", "triton", *VARIANTS], []
-    else:
-        names, peers = [name for name in BACKENDS if name != "reference"], list(PEERS)
-    return (
-        names if args.backend is None else args.backend,
-        peers if args.peers is None else args.peers,
-    )
-
-
 def _measure(args: argparse.Namespace, screen: Screen) -> Record:
     there = torch.cuda.is_available()
     device = args.device or ("cuda" if there else "cpu")
@@ -203,7 +194,13 @@ def _measure(args: argparse.Namespace, screen: Screen) -> Record:
     record = records.new(clock.cache, gpu, skipped)
     for text in skipped:
         screen.say(f"skipped {text}")
-    names, peers = _implementations(args)
+    of_gpus = args.suite in ("gpu", "gpu-sweep")
+    names = args.backend
+    if names is None:
+        names = ["cuda", "triton", *VARIANTS] if of_gpus else DEFAULT
+    peers = args.peers
+    if peers is None:
+        peers = [] if of_gpus else list(PEERS)
     plan = Plan(names, peers, args.seconds, clock, watching, args.roofline is not None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: keep what there is
     for i, case in enumerate(cases):

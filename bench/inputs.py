@@ -78,37 +78,33 @@ class Inputs:
     def chunks(self) -> Iterator[tuple[slice, Inputs]]:
         """Whole responses, in float64, a few at a time. The slice is of the first dimension of what
         is per token."""
-        row_bytes = 8 * self.case.vocab
-        if self.mask is None:
-            sizes, step = self.lengths.tolist(), 1
-        else:
-            sizes, step = [1] * len(self.mask), self.mask.shape[1]
+        padded = self.mask is not None
+        tokens = self.mask.shape[1] if padded else 1  # of an entry of that dimension
+        sizes = [1] * len(self.mask) if padded else self.lengths.tolist()
+        most = CHUNK_BYTES // (8 * self.case.vocab * tokens)
         first = begin = 0
         while first < len(sizes):
             last, end = first + 1, begin + sizes[first]
-            while (
-                last < len(sizes) and (end + sizes[last] - begin) * step * row_bytes <= CHUNK_BYTES
-            ):
+            while last < len(sizes) and end + sizes[last] - begin <= most:
                 end, last = end + sizes[last], last + 1
-            at = slice(begin, end)
-            extra = {name: x[at] for name, x in self.extra.items()}
-            if "old_logits" in extra:
-                extra["old_logits"] = extra["old_logits"].double()
-            yield (
-                at,
-                replace(
-                    self,
-                    logits=self.logits[at].double(),
-                    target_ids=self.target_ids[at],
-                    old_logprobs=self.old_logprobs[at],
-                    advantages=self.advantages[first:last],
-                    upstream=self.upstream[at].double(),
-                    lengths=None if self.lengths is None else self.lengths[first:last],
-                    mask=None if self.mask is None else self.mask[at],
-                    extra=extra,
-                ),
-            )
+            yield slice(begin, end), self._part(slice(begin, end), slice(first, last))
             first, begin = last, end
+
+    def _part(self, at: slice, responses: slice) -> Inputs:
+        extra = {name: x[at] for name, x in self.extra.items()}
+        if "old_logits" in extra:
+            extra["old_logits"] = extra["old_logits"].double()
+        return replace(
+            self,
+            logits=self.logits[at].double(),
+            target_ids=self.target_ids[at],
+            old_logprobs=self.old_logprobs[at],
+            advantages=self.advantages[responses],
+            upstream=self.upstream[at].double(),
+            lengths=None if self.lengths is None else self.lengths[responses],
+            mask=None if self.mask is None else self.mask[at],
+            extra=extra,
+        )
 
 
 def response_count(tokens: int) -> int:
