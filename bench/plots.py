@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -11,7 +10,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 from dcpo_kernels.bench import stats
 from dcpo_kernels.bench.records import Row
@@ -97,31 +95,22 @@ def _bars(
         layout="constrained",
         height_ratios=[len(group) + 2 for _, group in groups],
     )
-    fill: Callable[[Axes, list[Row], dict[str, str], str | None], None]
-    fill = _memory if baseline is None else _speedup
     for axes, (case, group) in zip(all_axes[:, 0], groups, strict=True):
-        fill(axes, group, colors, baseline)
+        base = named(group, baseline) if baseline else None
+        for row in group:
+            if row.kind == "copy":
+                continue
+            length, text, spread = row.extra_bytes / 1e6, size(row.extra_bytes), None
+            if base:
+                length, low, high = stats.speedup(row.seconds, base.seconds)
+                text, spread = f"{length:.2f}", [[length - low], [high - length]]
+            bar = axes.barh(row.name, length, xerr=spread, capsize=3, color=colors[row.name])
+            axes.bar_label(bar, [text], padding=4)
+        if base:
+            axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set_title(case.describe(), fontsize=10)
         axes.invert_yaxis()
         axes.margins(x=0.15)
     all_axes[-1, 0].set_xlabel(label)
     figure.savefig(path, dpi=150)
     return path
-
-
-def _speedup(axes: Axes, rows: list[Row], colors: dict[str, str], baseline: str | None) -> None:
-    rows = [row for row in rows if row.kind != "copy"]
-    base = named(rows, baseline)
-    for row in rows:
-        ratio, low, high = stats.speedup(row.seconds, base.seconds)
-        spread = [[ratio - low], [high - ratio]]
-        bar = axes.barh(row.name, ratio, xerr=spread, capsize=3, color=colors[row.name])
-        axes.bar_label(bar, fmt="%.2f", padding=4)
-    axes.axvline(1.0, color="black", linewidth=0.8)
-
-
-def _memory(axes: Axes, rows: list[Row], colors: dict[str, str], baseline: str | None) -> None:
-    for row in rows:
-        if row.kind != "copy":
-            bar = axes.barh(row.name, row.extra_bytes / 1e6, color=colors[row.name])
-            axes.bar_label(bar, [size(row.extra_bytes)], padding=4)
