@@ -87,7 +87,9 @@ def policy_batch(
         )
     number, temperatures = 1.0, None
     if isinstance(temperature, Tensor):
-        temperatures = value("temperature", _temperatures(temperature, logits, token_mask), "temperatures")
+        temperatures = value(
+            "temperature", _temperatures(temperature, logits, token_mask), "temperatures"
+        )
     else:
         number = temperature_number(temperature)
     topk_ids, topk_logprobs = _topk(objective, topk_ids, topk_logprobs, logits)
@@ -112,24 +114,23 @@ def policy_batch(
     skip_zero = None
     if skip_zero_advantage and not objective.pulls_without_advantage:
         skip_zero = by_response.get("advantages", tokens.advantages)
-    totals = [
-        _total(name, total, logits)
-        for name, total in (
-            ("num_responses", num_responses),
-            ("num_tokens", num_tokens),
-            ("max_length", max_length),
-        )
-    ]
+    responses_total = _total("num_responses", num_responses, logits)
+    tokens_total = _total("num_tokens", num_tokens, logits)
+    length_total = _total("max_length", max_length, logits)
     if max_length is None and objective.aggregation == "seq-mean-token-sum-norm":
         raise ValueError(
             f"aggregation={objective.aggregation!r} needs max_length, the same in every micro-batch"
         )
     grouping = Grouping(
-        token_mask,
-        row_lengths,
-        AGGREGATIONS.index(objective.aggregation),
-        *(number for number, _ in totals),
-        *(on_device for _, on_device in totals),
+        mask=token_mask,
+        lengths=row_lengths,
+        aggregation=AGGREGATIONS.index(objective.aggregation),
+        num_responses=responses_total[0],
+        num_tokens=tokens_total[0],
+        max_length=length_total[0],
+        num_responses_on_device=responses_total[1],
+        num_tokens_on_device=tokens_total[1],
+        max_length_on_device=length_total[1],
         skip_zero=skip_zero,
         skip_by_response="advantages" in by_response,
         skip_whole_responses=objective.ratio_level == "sequence",
@@ -191,9 +192,9 @@ def check_logits(name: str, logits: Tensor, backend: str) -> str:
     """The backend that will serve these logits."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(logits).__name__}")
-    if hasattr(logits, "placements"):
+    if placements := getattr(logits, "placements", None):
         raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor with placements {logits.placements}: "
+            f"{name} must be a plain tensor, got a DTensor with placements {placements}: "
             "pass logits.full_tensor(), or logits.to_local() where each rank has whole rows"
         )
     if logits.dim() not in (2, 3):
@@ -217,9 +218,11 @@ def check_logits(name: str, logits: Tensor, backend: str) -> str:
 
 
 def check_in_place(logits: Tensor) -> None:
-    if torch.compiler.is_compiling():  # the operator looks at its places, where no guard comes of it
+    if (
+        torch.compiler.is_compiling()
+    ):  # the operator looks at its places, where no guard comes of it
         return
-    base = logits._base if logits._is_view() else logits
+    base = logits if logits._base is None else logits._base
     if base.requires_grad and base.is_leaf and torch.is_grad_enabled():
         raise ValueError(
             "inplace=True would overwrite logits that are a leaf of the graph, or a view of one; "

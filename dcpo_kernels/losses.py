@@ -12,7 +12,7 @@ from torch import Tensor
 from dcpo_kernels import arguments, ops
 from dcpo_kernels.objective import Objective
 from dcpo_kernels.ops.decide import RatioGroups, Read
-from dcpo_kernels.ops.records import Options, Responses, Results
+from dcpo_kernels.ops.records import Responses, Results
 from dcpo_kernels.ops.row_gradient import RowCoefficients
 from dcpo_kernels.ops.row_stats import RowStats, Targets
 from dcpo_kernels.presets import dcpo
@@ -95,9 +95,7 @@ def _one_pass(
         tokens = tokens._replace(weights=tokens.weights * batch.loss_scale)
     numbers, options = batch.objective.numbers, batch.options
     if with_gradient and batch.inplace:
-        results = ops.fused_(
-            logits, *batch.rows, *tokens, *numbers, *options, batch.backend
-        )
+        results = ops.fused_(logits, *batch.rows, *tokens, *numbers, *options, batch.backend)
         gradient = logits
     else:
         *results, gradient = ops.fused(
@@ -315,9 +313,10 @@ class _SelectedLogprobs(torch.autograd.Function):
             _backward_once(ctx, "selected_logprobs")
         logits, target_ids, mask, temperatures, _, entropy, row_max, log_sum = ctx.saved_tensors
 
-        def of_rows_read(grad: Tensor) -> Tensor:
-            grad = grad if mask is None else torch.where(mask != 0, grad, 0.0)
-            return grad.contiguous()
+        def of_rows_read(grad: Tensor | None) -> Tensor:
+            if grad is None:
+                return torch.zeros_like(row_max)
+            return (grad if mask is None else torch.where(mask != 0, grad, 0.0)).contiguous()
 
         with_entropy = grad_entropy is not None and entropy.numel() > 0
         coefficients = RowCoefficients(
@@ -326,7 +325,7 @@ class _SelectedLogprobs(torch.autograd.Function):
             row_max,
             log_sum,
             entropy if with_entropy else None,
-            torch.zeros_like(row_max) if grad_logprobs is None else of_rows_read(grad_logprobs),
+            of_rows_read(grad_logprobs),
             of_rows_read(grad_entropy) if with_entropy else None,
         )
         return _write(ctx, coefficients, logits, None), None, None, None, None

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from dcpo_kernels.objective import CLIPPED
+
 if TYPE_CHECKING:
     from dcpo_kernels.losses import PolicyLoss
 
 
 class Summary(NamedTuple):
-    """Numbers of a whole call, in the order in which the operator `finish` stores them. Sums, minima and maxima
-    are over the rows that were read."""
+    """Numbers of a whole call, in the order in which the operator `finish` stores them. Sums, minima
+    and maxima are over the rows that were read."""
 
     loss: float
     tokens: float  # that count
@@ -41,9 +43,10 @@ def token_clipping_ratio(out: PolicyLoss | Iterable[PolicyLoss]) -> Tensor:
     outs = cast("list[PolicyLoss]", [out] if hasattr(out, "clipped") else list(out))
     if not outs:
         raise ValueError("token_clipping_ratio needs at least one micro-batch")
-    numbers = Summary(*torch.stack([o.summary for o in outs], -1).to(torch.float32))
-    clipped = numbers.clip_high + numbers.clip_low + numbers.clip_cap + numbers.clip_region
-    return (clipped / numbers.tokens.clamp(min=1)).mean()
+    columns = torch.stack([o.summary for o in outs], -1).to(torch.float32)
+    numbers = dict(zip(Summary._fields, columns, strict=True))
+    clipped = torch.stack([numbers[f"clip_{side}"] for side in CLIPPED[1:]]).sum(0)
+    return (clipped / numbers["tokens"].clamp(min=1)).mean()
 
 
 def response_utilization_ratio(advantages: Tensor) -> Tensor:
@@ -67,12 +70,7 @@ def summarize(out: PolicyLoss) -> dict[str, float]:
     """
     n = Summary(*out.summary.tolist())
     read, tokens = max(n.tokens_read, 1), max(n.tokens, 1)
-    sides = {
-        "clip_high": n.clip_high / tokens,
-        "clip_low": n.clip_low / tokens,
-        "clip_cap": n.clip_cap / tokens,
-        "clip_region": n.clip_region / tokens,
-    }
+    sides = {f"clip_{side}": getattr(n, f"clip_{side}") / tokens for side in CLIPPED[1:]}
     numbers = {
         "loss": n.loss,
         "tokens": n.tokens,

@@ -92,7 +92,6 @@ class Objective:
     entropy_coef: float = 0.0
     penalty_coef: float = 0.0
 
-
     def __post_init__(self) -> None:
         for name, allowed in (
             ("surrogate", SURROGATES),
@@ -140,8 +139,8 @@ class Objective:
             )
         if self.surrogate in ("soft-gate", "ratio-mask") and self.ratio_cap != math.inf:
             raise ValueError(
-                f"{self.name}: ratio_cap has no place in surrogate={self.surrogate!r}, which bounds "
-                "the ratio itself"
+                f"{self.name}: ratio_cap has no place in surrogate={self.surrogate!r}, which "
+                "bounds the ratio itself"
             )
         if self.ratio_level == "sequence" and self.surrogate in (
             "dynamic-clip",

@@ -438,9 +438,7 @@ def test_logits_that_cannot_be_overwritten(call, use_backend):
 def test_compiled_code_looks_at_the_places_too(use_backend):
     def run(row):
         logits = (row * 1).expand(N, V)
-        return dk.policy_loss(
-            **PACKED | {"logits": logits}, inplace=True, backend=use_backend
-        ).loss
+        return dk.policy_loss(**PACKED | {"logits": logits}, inplace=True, backend=use_backend).loss
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     row = torch.randn(1, V, requires_grad=True)

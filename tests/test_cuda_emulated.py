@@ -15,7 +15,7 @@ from problems import DTYPES, LAYOUTS, OBJECTIVES, assert_matches, pairs, problem
 
 import dcpo_kernels as dk
 from dcpo_kernels import backends
-from dcpo_kernels.backends import cuda, native
+from dcpo_kernels.backends import cuda
 
 NAN, INF = float("nan"), float("inf")
 SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}

@@ -210,7 +210,11 @@ def test_divergence_in_float64(entry):
         return
     arguments = (a["logits"].double(), a["target_ids"], a["old_logprobs"], entry["temperature"])
     found = reference.divergence(
-        objective.numbers.divergence, *arguments, a.get("topk_ids"), a.get("topk_logprobs"), a["old_logits"]
+        objective.numbers.divergence,
+        *arguments,
+        a.get("topk_ids"),
+        a.get("topk_logprobs"),
+        a["old_logits"],
     )
     if found is None:
         found = binary_divergence(objective.numbers.divergence, a["logprobs"], a["old_logprobs"])

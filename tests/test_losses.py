@@ -233,7 +233,7 @@ def test_second_backward(name, inplace, use_backend):
     if name == "gspo" and not inplace:  # nothing was overwritten: the gradient is made anew
         out.loss.backward()
         return
-    with pytest.raises(RuntimeError, match="second time through one policy_loss.*call .* again"):
+    with pytest.raises(RuntimeError, match=r"second time through one policy_loss.*call .* again"):
         out.loss.backward()
 
 
@@ -364,7 +364,9 @@ def test_one_response_padded(name, use_backend):
         importance="response", temperature=0.7,
     )  # fmt: skip
     shape = p.counts.shape
-    per_token = {key: p.arguments[key].expand(shape) for key in ("advantages", "importance_weights")}
+    per_token = {
+        key: p.arguments[key].expand(shape) for key in ("advantages", "importance_weights")
+    }
     out, gradient = p.run(backend=use_backend)
     for changes in (per_token, {key: x.clone() for key, x in per_token.items()}):
         out2, gradient2 = p.run(backend=use_backend, **changes)
@@ -429,9 +431,7 @@ def test_on_policy(case, use_backend):
         return
     # The same as log-probabilities that were taken from these logits just before.
     logprobs = want[0].logprobs.float()
-    given = p.run(
-        backend="reference", inplace=False, dtype=torch.float64, old_logprobs=logprobs
-    )
+    given = p.run(backend="reference", inplace=False, dtype=torch.float64, old_logprobs=logprobs)
     torch.testing.assert_close(given[1], want[1], rtol=1e-4, atol=1e-6)
 
 
@@ -460,9 +460,7 @@ def test_old_logits_of_another_dtype(name, use_backend):
 def test_loss_scale(name, scale, use_backend):
     """fp16 under a GradScaler: the gradient is stored scaled, so that small entries are not 0."""
     p = problem(OBJECTIVES[name](), vocab=2000, dtype=torch.float16)
-    scaled = p.run(
-        lambda loss: loss * scale, backend=use_backend, loss_scale=scale, inplace=True
-    )
+    scaled = p.run(lambda loss: loss * scale, backend=use_backend, loss_scale=scale, inplace=True)
     assert_matches(p, scaled, p.oracle(), float(scale))
     out, gradient = p.run(backend=use_backend)
     torch.testing.assert_close(scaled[0].loss, out.loss)

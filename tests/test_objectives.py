@@ -194,7 +194,9 @@ def test_bounds_widen_as_the_old_probability_falls():
 
 
 def test_zero_eps_leaves_no_room():
-    low, high = clip_bounds(dk.dcpo(0.0, 0.0).numbers, torch.tensor([-3.0, -0.1], dtype=torch.float64))
+    low, high = clip_bounds(
+        dk.dcpo(0.0, 0.0).numbers, torch.tensor([-3.0, -0.1], dtype=torch.float64)
+    )
     assert (low == 1).all() and (high == 1).all()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import KERNELS, on_backends, on_kernels
+from conftest import KERNELS, on_backends
 from problems import DTYPES, OBJECTIVES, PER_TOKEN, pairs, problem
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -201,7 +201,9 @@ class Dispatched(TorchDispatchMode):
 @pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("per", ["token", "response"])
-@pytest.mark.parametrize("name, most", [("dcpo", 8), ("grpo", 8), ("dppo-topk_tv", 8), ("gspo", 12)])
+@pytest.mark.parametrize(
+    "name, most", [("dcpo", 8), ("grpo", 8), ("dppo-topk_tv", 8), ("gspo", 12)]
+)
 def test_nothing_around_the_kernel(name, most, per, layout, inplace, use_backend):
     """On a GPU each operator is a launch."""
     p = problem(OBJECTIVES[name](), layout=layout, advantages=per)

@@ -7,8 +7,8 @@ import torch
 from conftest import load_golden, on_backends
 
 import dcpo_kernels as dk
-from dcpo_kernels.responses import response_weights
 from dcpo_kernels.objective import AGGREGATIONS
+from dcpo_kernels.responses import response_weights
 
 CASES = load_golden("aggregation.json")["cases"]
 

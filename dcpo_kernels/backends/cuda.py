@@ -37,9 +37,7 @@ def _where(x: Tensor) -> dict[str, int]:
 
 
 def fused(logits: Tensor, *records: Any) -> None:
-    C.cuda_fused(
-        **_compiled.fused_arguments(logits, *records), **_where(logits), cluster=cluster
-    )
+    C.cuda_fused(**_compiled.fused_arguments(logits, *records), **_where(logits), cluster=cluster)
 
 
 def row_stats(logits: Tensor, *records: Any) -> None:
@@ -64,4 +62,7 @@ def finish(results: Any, *records: Any) -> None:
 
 
 def multiply_(x: Tensor, factor: Tensor) -> None:
-    C.cuda_multiply(**_compiled.multiply_arguments(x.view(1, -1) if x.is_contiguous() else x, factor), **_where(x))
+    C.cuda_multiply(
+        **_compiled.multiply_arguments(x.view(1, -1) if x.is_contiguous() else x, factor),
+        **_where(x),
+    )

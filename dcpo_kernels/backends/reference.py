@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dcpo_kernels.decide import FULL_KL, FULL_TV, TOPK_KL, TOPK_TV, decide as decide_tokens
+from dcpo_kernels.decide import FULL_KL, FULL_TV, TOPK_KL, TOPK_TV
+from dcpo_kernels.decide import decide as decide_tokens
 from dcpo_kernels.objective import (
     AGGREGATIONS,
     CLIP_CAP,
@@ -79,9 +80,7 @@ def log_softmax(logits: Tensor, temperature: Temperature) -> Tensor:
     return torch.log_softmax(shifted(logits, temperature)[0], dim=-1)
 
 
-def softmax_stats(
-    logits: Tensor, target_ids: Tensor, temperature: Temperature = 1.0
-) -> Softmax:
+def softmax_stats(logits: Tensor, target_ids: Tensor, temperature: Temperature = 1.0) -> Softmax:
     """logits [N, V], target_ids [N]."""
     z, row_max = shifted(logits, temperature)
     log_p = torch.log_softmax(z, dim=-1)
@@ -142,7 +141,7 @@ def divergence(
 # ---- the operators ------------------------------------------------------------------------------
 
 
-def _read_rows(x: Tensor | None, read: Tensor, nothing: float = 0.0) -> Tensor | None:
+def _read_rows(x: Any, read: Tensor, nothing: float = 0.0) -> Any:
     """[N, ..]: x with `nothing` in the rows that are not read, whatever stands there."""
     if x is None:
         return None
@@ -198,7 +197,7 @@ def fused(
         )
         loss = (tokens.weights.view(-1).to(dtype) * decision.loss).sum()
         dx = None if gradient is None else torch.autograd.grad(loss, x)[0]
-    if gradient is not None:
+    if gradient is not None and dx is not None:
         gradient.copy_(dx.view(logits.shape))
     found = (decision.loss, stats.logprobs, stats.entropy, decision.ratio, decision.clipped)
     for result, values in zip(results, found, strict=True):
@@ -359,9 +358,7 @@ def finish(results: Results, responses: Responses, totals: Totals) -> None:
     read = weights != 0
     nothing = torch.zeros_like(token_loss)
     totals.loss.copy_(torch.where(read, weights.to(token_loss.dtype) * token_loss, nothing).sum())
-    totals.response_loss.copy_(
-        _response_means(token_loss, responses.offsets, responses.lengths)
-    )
+    totals.response_loss.copy_(_response_means(token_loss, responses.offsets, responses.lengths))
     any_read = read.any() if read.numel() else read.new_zeros(())
     lowest = highest = ratio.new_ones(())
     if ratio.numel():

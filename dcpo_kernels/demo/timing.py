@@ -41,7 +41,9 @@ def plain_loss(
         means = torch.segment_reduce(moved, "mean", lengths=lengths)
         log_ratio = means.repeat_interleave(lengths)
     per_token = advantages.repeat_interleave(lengths)
-    token_loss = decide(objective, logprobs, old_logprobs, per_token, log_ratio=log_ratio).loss
+    token_loss = decide(
+        objective.numbers, logprobs, old_logprobs, per_token, log_ratio=log_ratio
+    ).loss
     weights = token_weights(lengths, objective.aggregation, num_responses, num_tokens, max_length)
     return torch.dot(weights, token_loss)
 

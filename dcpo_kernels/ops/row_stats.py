@@ -35,7 +35,9 @@ def _results(logits: Tensor, options: Options) -> RowStats:
         return logits.new_empty(shape, dtype=result_dtype(logits))
 
     shape = logits.shape[:-1]
-    return RowStats(new(shape), new(shape if options.with_entropy else (0,)), new(shape), new(shape))
+    return RowStats(
+        new(shape), new(shape if options.with_entropy else (0,)), new(shape), new(shape)
+    )
 
 
 def _launch(logits, *flat):
