@@ -57,7 +57,7 @@ def gpu_sweep(device: str) -> list[Case]:
         for vocab in vocabs
     ]
     vocab = 32000 if device == "cuda" else 503
-    sweep += [loss(tokens, vocab, device) for tokens in (1024, 4096, 65536) if device == "cuda"]
+    sweep += [loss(tokens, vocab, device) for tokens in (1024, 4096, 32768) if device == "cuda"]
     of = partial(loss, *gpu(device)[0].shape, device)
     sweep += [of(objective="dcpo-entropy"), of(objective="gspo"), of(zero_advantage=0.5)]
     return [*sweep, *(of(operator=name, objective="") for name in ("two_pass", "read"))]

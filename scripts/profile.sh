@@ -2,7 +2,7 @@
 # What one launch of a loss with gradient does to a GPU, as Nsight Compute counts it: instructions, issue slots, hit
 # rates of the caches, bytes of memory per logit, and what warps wait for.
 #   scripts/profile.sh [BACKEND [TOKENS [VOCAB]]]      BACKEND: as `dcpo bench --backend` takes it
-set -uo pipefail
+set -u
 cd "$(dirname "$0")/.."
 backend=${1:-cuda} tokens=${2:-4096} vocab=${3:-151936}
 command -v ncu >/dev/null || { echo "ncu is not installed: nothing was profiled"; exit 0; }

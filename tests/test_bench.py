@@ -198,24 +198,31 @@ def test_peer_without_the_feature_is_a_row(monkeypatch):
     assert (row.make, row.note) == (None, "does not run on cpu")
 
 
+@pytest.fixture
+def bench_peer(monkeypatch, tmp_path):
+    """Rows of a small run in which somebody's log-probs are the only peer."""
+
+    def run(change, *operators: str) -> list[records.Row]:
+        def call(operator, data):
+            function = implementations.peers.plain.logprobs(data)
+            return peers.from_logprobs(operator, data, lambda logits: change(function(logits)))
+
+        other = {"other": peers.Peer("other", "torch", ("cpu",), peers.lacks_nothing, call)}
+        monkeypatch.setattr(peers, "PEERS", other)
+        monkeypatch.setattr(cli, "PEERS", other)
+        path = tmp_path / "run.json"
+        sizes = ("--tokens", "16", "--vocab", "503", "--backend", "eager", "--peers", "other")
+        assert bench(*operators, *sizes, "--json", str(path)) == 0
+        return records.load(path).rows
+
+    return run
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.01], ids=["right", "wrong"])
-def test_peer_must_agree(monkeypatch, tmp_path, factor):
+def test_peer_must_agree(bench_peer, factor):
     """A peer that is wrong is a row that says by how much, and no reason for us to fail."""
-
-    def call(operator, data):
-        function = implementations.peers.plain.logprobs(data)
-        return peers.from_logprobs(operator, data, lambda logits: factor * function(logits))
-
-    peer = peers.Peer("other", "torch", ("cpu",), peers.lacks_nothing, call)
-    monkeypatch.setattr(peers, "PEERS", {"other": peer})
-    monkeypatch.setattr(cli, "PEERS", {"other": peer})
-    path = tmp_path / "run.json"
-    status = bench(
-        *("fused", "two_pass", "read", "--tokens", "16", "--vocab", "503"),
-        *("--backend", "eager", "--peers", "other", "--json", str(path)),
-    )
-    assert status == 0
-    rows = [row for row in records.load(path).rows if row.name == "other"]
+    found = bench_peer(lambda logprobs: factor * logprobs, "fused", "two_pass", "read")
+    rows = [row for row in found if row.name == "other"]
     assert len(rows) == 3
     for row in rows:
         assert row.status == ("ok" if factor == 1.0 else "wrong"), row
@@ -223,20 +230,11 @@ def test_peer_must_agree(monkeypatch, tmp_path, factor):
         assert ("value off by" in row.note) == (factor != 1.0)
 
 
-def test_peer_that_raises_is_a_row(monkeypatch, tmp_path):
-    def call(operator, data):
-        def run(logits):
-            raise RuntimeError("out of luck")
+def test_peer_that_raises_is_a_row(bench_peer):
+    def fail(logprobs):
+        raise RuntimeError("out of luck")
 
-        return peers.from_logprobs(operator, data, run)
-
-    peer = peers.Peer("other", "torch", ("cpu",), peers.lacks_nothing, call)
-    monkeypatch.setattr(peers, "PEERS", {"other": peer})
-    monkeypatch.setattr(cli, "PEERS", {"other": peer})
-    path = tmp_path / "run.json"
-    arguments = ("--tokens", "16", "--vocab", "503", "--backend", "eager", "--peers", "other")
-    assert bench(*arguments, "--json", str(path)) == 0
-    rows = {row.name: row for row in records.load(path).rows}
+    rows = {row.name: row for row in bench_peer(fail)}
     assert rows["other"].status == "wrong"
     assert rows["other"].note == "RuntimeError: out of luck"
     assert rows["eager"].status == "ok"

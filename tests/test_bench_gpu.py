@@ -150,7 +150,8 @@ def test_profile_counts_per_logit(tmp_path):
 def test_sanitize_names_the_tools_that_found_something(tmp_path):
     tool(
         tmp_path / "compute-sanitizer",
-        '[ "$2" != racecheck ] || exit 9; [[ $* = *odd_rows* || $1 = --help ]]',
+        "[ $1 != --help ] || exec echo --kernel-regex; [ $2 != racecheck ] || exit 9\n"
+        "[[ $* = *kernel_substring=dcpo*odd_rows* ]]",
     )
     done = run_script("sanitize.sh", tmp_path)
     assert done.returncode == 1
