@@ -1,6 +1,6 @@
 // The compiled module dcpo_kernels._C. Every function takes raw addresses and sizes: the Python
 // launchers have checked them.
-#include <pybind11/pybind11.h>
+#include "bind.h"
 
 namespace py = pybind11;
 
@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("compiler") = "gcc " __VERSION__;
 #endif
+  dcpo::bind::objective(m);
   bind_cpu(m);
 #ifdef DCPO_WITH_CUDA
   m.attr("cuda") = true;

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "objective.h"
+#include "decide.h"
 
 namespace dcpo {
 
@@ -21,6 +21,8 @@ enum Aggregation : int {  // places in objective.AGGREGATIONS
   kTokenSum,
   kSeqMeanTokenSumNorm
 };
+constexpr const char* kAggregations[] = {"only-token-mean", "seq-mean-token-mean", "token-mean",
+                                         "token-sum", "seq-mean-token-sum-norm"};
 
 constexpr int64_t kAsCounted = INT64_MIN;  // a total that nobody gave
 constexpr int kMaxValues = 4;              // advantages, importance weights, temperatures, one more
@@ -54,7 +56,7 @@ struct DecideArgs {
   int64_t rows, count;
   const float *logprobs, *entropy;
   const float *old_logprobs, *advantages, *weights, *ref_logprobs, *importance_weights;
-  Objective numbers;
+  Objective objective;
   bool by_response;
   const int64_t *offsets, *lengths;
   float *token_loss, *ratio;
@@ -186,7 +188,7 @@ DCPO_HD void decide_row(const DecideArgs& a, int64_t row, const float* log_ratio
     t.ref_logprob = a.ref_logprobs ? a.ref_logprobs[row] : 0.0f;
     t.entropy = a.entropy ? a.entropy[row] : 0.0f;
     t.divergence = 0.0f;  // a binary one follows from the token
-    d = decide(a.numbers, t);
+    d = decide(a.objective, t);
     d.g *= weight;
     d.h *= weight;
   }

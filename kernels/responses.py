@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 
 from dcpo_kernels import objective as objectives
-from dcpo_kernels.kernels.objective import (
+from dcpo_kernels.kernels.decide import (
     CLIP_CAP,
     CLIP_HIGH,
     CLIP_LOW,
     CLIP_REGION,
 )
-from dcpo_kernels.kernels.objective import (
+from dcpo_kernels.kernels.decide import (
     decide as decide_tokens,
 )
-from dcpo_kernels.kernels.row import kernel
+from dcpo_kernels.kernels.tiles import kernel
 
 ONLY_TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("only-token-mean"))
 SEQ_MEAN_TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("seq-mean-token-mean"))

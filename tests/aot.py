@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,20 @@ import dcpo_kernels as dk
 from dcpo_kernels import ops
 from dcpo_kernels.backends import triton as backend
 from dcpo_kernels.kernels import row as kernels
-from dcpo_kernels.objectives import DIVERGENCES, SURROGATES, Objective, kernel_arguments
+from dcpo_kernels.objective import DIVERGENCES, SURROGATES, Objective
+from dcpo_kernels.ops.records import Options, Results, Rows, Tokens
+from dcpo_kernels.ops.row_gradient import RowCoefficients
+from dcpo_kernels.ops.row_stats import Targets
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Five surrogates and six divergences: what "decide" and the row kernel are compiled for.
+# Every surrogate and every divergence: what "decide" and the row kernel are compiled for.
 OBJECTIVES = {
     **{name: Objective(name, surrogate=name) for name in SURROGATES},
     **{name: dk.dppo(name) for name in DIVERGENCES if name != "none"},
 }
 PENALTIES = [dk.dppo(name, penalty_coef=0.1) for name in DIVERGENCES if name != "none"]
+# Tensors of logits that a kernel takes: whether the first is aligned comes before the last three.
+TENSORS = {"fused": 3, "row_stats": 1, "row_gradient": 2, "multiply_": 1}
 SEVERAL_TILES, ONE_TILE, SMALL, ODD = 151936, 32000, 1000, 50257
 
 
@@ -47,33 +53,37 @@ def call_fused(
     logits = torch.zeros(1, vocab, dtype=DTYPES[dtype])
     ids, row = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     if extras:
-        objective = Objective(**{**vars(objective), "kl_coef": 0.1, "entropy_coef": 0.1})
+        objective = replace(objective, kl_coef=0.1, entropy_coef=0.1)
     topk = torch.zeros(1, 20) if objective.needs_topk else None
-    ops.fused(
-        *(logits, ids, row, row, row),
-        *((row, row) if extras else (None, None)),
-        *(None if topk is None else topk.long(), topk),
-        logits if objective.needs_old_logits else None,
-        *kernel_arguments(objective),
-        *(1.0, extras, True, gradient, "triton"),
+    rows = Rows(
+        target_ids=ids,
+        temperatures=None,
+        topk_ids=None if topk is None else topk.long(),
+        topk_logprobs=topk,
+        old_logits=logits if objective.needs_old_logits else None,
     )
+    tokens = Tokens(row, row, row, *((row, row) if extras else (None, None)))
+    options = Options(temperature=1.0, with_entropy=extras)
+    ops.fused(logits, *rows, *tokens, *objective.numbers, *options, gradient, "triton")
 
 
 def call_stats(dtype: str, vocab: int, entropy: bool) -> None:
     logits = torch.zeros(1, vocab, dtype=DTYPES[dtype])
     ids = torch.zeros(1, dtype=torch.int64)
-    ops.row_stats(logits, ids, ids != 1 if entropy else None, 1.0, entropy, "triton")
+    targets = Targets(ids, mask=ids != 1 if entropy else None, temperatures=None)
+    ops.row_stats(logits, *targets, *Options(1.0, entropy), "triton")
 
 
 def call_gradient(dtype: str, vocab: int, entropy: bool) -> None:
     logits = torch.zeros(1, vocab, dtype=DTYPES[dtype])
     ids, row = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     h = row if entropy else None
-    ops.row_gradient(logits, ids, row, row, row, row, h, 1.0, "triton")
+    coefficients = RowCoefficients(ids, None, row, row, entropy=h, g=row, h=h)
+    ops.row_gradient(logits, *coefficients, torch.ones(()), 1.0, "triton")
 
 
-def call_scale(dtype: str, vocab: int) -> None:
-    ops.scale_(torch.zeros(1, vocab, dtype=DTYPES[dtype]), torch.ones(()), "triton")
+def call_multiply(dtype: str, vocab: int) -> None:
+    ops.multiply_(torch.zeros(1, vocab, dtype=DTYPES[dtype]), torch.ones(()), "triton")
 
 
 def variants() -> list[tuple[Any, tuple]]:
@@ -82,7 +92,7 @@ def variants() -> list[tuple[Any, tuple]]:
     calls += [(call_fused, (OBJECTIVES["kl"], dtype, SEVERAL_TILES, True)) for dtype in DTYPES]
     calls += [(call_stats, (dtype, SEVERAL_TILES, True)) for dtype in ("bf16", "fp32")]
     calls += [(call_gradient, (dtype, SEVERAL_TILES, True)) for dtype in ("bf16", "fp32")]
-    calls += [(call_scale, (dtype, SEVERAL_TILES)) for dtype in ("bf16", "fp32")]
+    calls += [(call_multiply, (dtype, SEVERAL_TILES)) for dtype in ("bf16", "fp32")]
     calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in OBJECTIVES.values()]
     calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in PENALTIES]
     calls += [(call_fused, (dcpo, dtype, SEVERAL_TILES)) for dtype in ("fp16", "fp32")]
@@ -90,7 +100,7 @@ def variants() -> list[tuple[Any, tuple]]:
     calls += [(call_fused, (dcpo, "bf16", SEVERAL_TILES, False, False))]
     calls += [(call_stats, ("fp16", vocab, False)) for vocab in (SEVERAL_TILES, SMALL, ODD)]
     calls += [(call_gradient, ("fp16", vocab, False)) for vocab in (SEVERAL_TILES, SMALL, ODD)]
-    calls += [(call_scale, ("fp16", vocab)) for vocab in (SMALL, ODD)]
+    calls += [(call_multiply, ("fp16", vocab)) for vocab in (SMALL, ODD)]
     return calls
 
 
@@ -110,10 +120,24 @@ def sweeps_of(sass: str) -> list[str]:
     return sweeps
 
 
+def usual_path(sweep: str) -> str:
+    """Without what a branch in it can jump over: only one tile of a row has the target."""
+    lines, kept, label = sweep.splitlines(), [], ""
+    for i, line in enumerate(lines):
+        if label:
+            label = "" if line == label else label
+            continue
+        kept.append(line)
+        branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if branch and f"{branch[1]}:" in lines[i:]:
+            label = f"{branch[1]}:"
+    return "\n".join(kept)
+
+
 def facts_of(compiled, size: int) -> dict[str, Any]:
     """What the assembler says of a kernel for logits of so many bytes: loads and stores by width,
-    float64, registers, bytes of local memory, spills in its sweeps, and the instructions a logit of
-    those that load 16 bytes at a time, reading alone and writing too."""
+    float64, registers, bytes of local memory, spills in its sweeps, and the instructions per logit
+    of those that load 16 bytes at a time, reading alone and writing too."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -131,8 +155,8 @@ def facts_of(compiled, size: int) -> dict[str, Any]:
         return sum(bool(re.match(pattern, operation)) for operation in operations)
 
     issued: dict[str, list[float]] = {"read": [], "write": []}
-    sweeps = [operation.findall(sweep) for sweep in sweeps_of(sass)]
-    for sweep in sweeps:
+    sweeps = sweeps_of(sass)
+    for sweep in (operation.findall(usual_path(sweep)) for sweep in sweeps):
         if loads := count(r"LDG\b.*\.128$", sweep):
             kind = "write" if count("STG", sweep) else "read"
             issued[kind].append(len(sweep) * size / (16 * loads))
@@ -141,7 +165,7 @@ def facts_of(compiled, size: int) -> dict[str, Any]:
         "registers": numbers["REG"],
         "stack": numbers["STACK"] + numbers["LOCAL"],
         "shared": compiled.metadata.shared,
-        "spills": sum(count("LDL|STL", sweep) for sweep in sweeps),
+        "spills": sum(count("LDL|STL", operation.findall(sweep)) for sweep in sweeps),
         "issued": issued,
         "wide_loads": count(r"LDG\b.*\.128$"),
         "other_loads": count(r"LDG\b(?!.*\.128$)"),
@@ -169,10 +193,7 @@ def compile_all() -> list[dict[str, Any]]:
                 "kernel": name,
                 "of": shown,
                 "writes": call is not call_fused or len(arguments) < 5,
-                "aligned": constants[
-                    -3
-                    - (1 if name in ("row_stats", "scale") else 2 if name == "row_gradient" else 3)
-                ],
+                "aligned": constants[-3 - TENSORS[name]],
                 "vectors": constants[-2] * arguments_size(arguments) // (16 * constants[-1]),
                 "size": arguments_size(arguments),
                 "compiled": backend._compiled[key][0],
@@ -204,7 +225,7 @@ def count_compilations(least: int, most: int) -> dict[str, int]:
             ).loss.backward(torch.tensor(draw.random()))
     return {
         name: sum(len(caches[0]) for caches in getattr(kernels, name).device_caches.values())
-        for name in ("fused", "row_stats", "row_gradient", "scale")
+        for name in TENSORS
     }
 
 
@@ -213,13 +234,14 @@ def overhead() -> dict[str, float]:
     rows = 64
     logits = torch.empty(rows, SEVERAL_TILES, dtype=torch.bfloat16)
     ids, row = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
-    inputs = (ids, row, row, row, *[None] * 5)
-    objective = kernel_arguments(dk.dcpo())
-    results = (row, row, torch.empty(0), row, torch.empty(rows, dtype=torch.int8))
+    rows, tokens = Rows(ids, None, None, None, None), Tokens(row, row, row, None, None)
+    records = (rows, tokens, dk.dcpo().numbers, Options(1.0, False))
+    results = Results(row, row, torch.empty(0), row, torch.empty(len(ids), dtype=torch.int8))
     importlib.import_module("dcpo_kernels.ops.fused").check_ids = lambda *_: None  # as on a GPU
+    flat = [value for record in records for value in record]
     calls = {
-        "operator": lambda: ops.fused_(logits, *inputs, *objective, 1.0, False, False, "triton"),
-        "launcher": lambda: backend.fused(logits, logits, *inputs, objective, 1.0, False, *results),
+        "operator": lambda: ops.fused_(logits, *flat, "triton"),
+        "launcher": lambda: backend.fused(logits, logits, *records, results),
     }
     medians = {}
     for name, call in calls.items():

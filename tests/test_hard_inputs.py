@@ -92,7 +92,7 @@ def test_every_width_writes_its_row_and_nothing_beside_it(dtype, use_backend):
             torch.testing.assert_close(beside, expected, rtol=2 * ROUNDING[dtype], atol=2e-7)
         else:
             assert torch.equal(beside, expected)
-        stats = ops.row_stats(logits, ids, None, 1.0, False, use_backend)
+        stats = ops.row_stats(logits, ids, None, None, 1.0, False, use_backend)
         assert torch.equal(stats[2], logits.float().amax(1)) or vocab > 2048
         view = logits.detach().requires_grad_().view_as(logits)
         out = dk.policy_loss(
@@ -625,7 +625,7 @@ def test_every_half_is_read_as_it_is(dtype, use_backend):
     for vocab in (1, 67):
         logits = values[:, None].expand(-1, vocab).contiguous()
         ids = torch.full((len(values),), vocab - 1)
-        logprobs, _, row_max, _ = ops.row_stats(logits, ids, None, 1.0, False, use_backend)
+        logprobs, _, row_max, _ = ops.row_stats(logits, ids, None, None, 1.0, False, use_backend)
         assert torch.equal(row_max[number], values[number].float())
         assert logprobs[~number].isnan().all()
         assert (logprobs[finite] + math.log(vocab)).abs().max() < 1e-6
@@ -658,7 +658,7 @@ def test_every_half_is_rounded_to_nearest_even(dtype, use_backend):
     g = sample(neighbours(dtype), use_backend)
     zeros = torch.zeros(len(g))
     ones = torch.zeros(len(g), 67, dtype=dtype)
-    arguments = (zeros, zeros, torch.zeros(0), g, None, 1.0, use_backend)
+    arguments = (None, zeros, zeros, None, g, None, None, 1.0, use_backend)
     gradient = ops.row_gradient(ones, torch.full((len(g),), 66), *arguments)
     wrong = (gradient[:, :-1] != (-g).to(dtype)[:, None]).any(1)
     assert not wrong.any(), f"{int(wrong.sum())} of {len(g)}, first {g[wrong][0]!r}"

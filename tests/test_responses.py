@@ -367,6 +367,26 @@ def test_finish_says_nan(row, backend):
     assert response_loss.isnan().tolist() == [row < 6, False, row >= 6]
 
 
+def test_a_response_is_the_same_bits_alone_and_among_others(backend):
+    lengths, numbers = torch.cat([integers(900), MANY[:40], integers(2100)]), dk.gspo().numbers
+    read, tokens, groups = decide_case(lengths, True)
+    results, responses = finish_case(lengths)
+    decided = ops.decide(*read, *tokens, *numbers, *groups, backend)
+    response_loss = ops.finish(*results, *responses, backend)[1]
+
+    rows = slice(900 + int(MANY[:40].sum()), None)  # of the last response
+    read = Read(*(x[rows] for x in read if x is not None))
+    tokens = Tokens(*(x[rows] for x in tokens if x is not None))
+    groups = RatioGroups(True, integers(0, 2100), integers(2100))
+    assert_same(
+        ops.decide(*read, *tokens, *numbers, *groups, backend), tuple(x[rows] for x in decided)
+    )
+    results = Results(*(x[rows] for x in results))
+    weights, mask, _, counts = responses
+    responses = Responses(weights[rows], mask[rows], groups.offsets, counts[-1:])
+    assert_same(ops.finish(*results, *responses, backend)[1], response_loss[-1:])
+
+
 # ---- under sanitizers ---------------------------------------------------------------------------
 
 STRESS = (

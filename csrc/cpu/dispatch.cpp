@@ -12,7 +12,8 @@
 #include <system_error>
 #include <thread>
 
-#include "rows.h"
+#include "dispatch.h"
+#include "row.h"
 
 namespace dcpo {
 namespace {
@@ -84,27 +85,30 @@ void in_parallel(int threads, Work& work) {
 
 // A gradient in memory of its own comes fresh from the system, a page fault every 4 KiB; large
 // pages take a third of the time. Advice: nothing depends on it.
-void prefer_large_pages(const View& gradient, const View& logits, const Shape& shape) {
+void prefer_large_pages(const View& gradient, const Batch& batch) {
 #if defined(MADV_HUGEPAGE)
-  if (gradient.data == nullptr || gradient.data == logits.data) return;
-  const int64_t size = shape.dtype == kFloat32 ? 4 : 2;
+  if (gradient.data == nullptr || gradient.data == batch.logits.data) return;
   constexpr uintptr_t kPage = 2 << 20;
   const uintptr_t data = reinterpret_cast<uintptr_t>(gradient.data);
   const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (data + shape.rows * shape.vocab * size) / kPage * kPage;
+  const uintptr_t end = (data + batch.rows * batch.vocab * size_of(batch.dtype)) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
-template <class Row>
-void for_each_row(int64_t rows, int64_t vocab, int threads, Row&& run) {
+// Every row through one kernel of the chosen instruction set.
+template <class Args>
+void for_each_row(const Args& args, int threads,
+                  void (*RowKernels::*kernel)(const Args&, int64_t)) {
   constexpr int64_t kWorthAThread = 1 << 18;  // logits
-  const int64_t useful = rows * vocab / kWorthAThread + 1;
+  const int64_t useful = args.rows * args.vocab / kWorthAThread + 1;
+  const auto run = chosen().load()->kernels->*kernel;
   std::atomic<int64_t> next{0};
   auto work = [&] {
-    for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < rows;) run(row);
+    for (int64_t row; (row = next.fetch_add(1, std::memory_order_relaxed)) < args.rows;)
+      run(args, row);
   };
-  in_parallel(static_cast<int>(std::min<int64_t>({threads, useful, rows})), work);
+  in_parallel(static_cast<int>(std::min<int64_t>({threads, useful, args.rows})), work);
 }
 
 }  // namespace
@@ -131,30 +135,21 @@ void cpu_use_isa(const std::string& name) {
 }
 
 void cpu_fused(const FusedArgs& args, int threads) {
-  prefer_large_pages(args.gradient, args.logits, args.shape);
-  const RowKernels& kernels = *chosen().load()->kernels;
-  for_each_row(args.shape.rows, args.shape.vocab, threads,
-               [&](int64_t row) { kernels.fused(args, row); });
+  prefer_large_pages(args.gradient, args);
+  for_each_row(args, threads, &RowKernels::fused);
 }
 
 void cpu_stats(const StatsArgs& args, int threads) {
-  const RowKernels& kernels = *chosen().load()->kernels;
-  for_each_row(args.shape.rows, args.shape.vocab, threads,
-               [&](int64_t row) { kernels.stats(args, row); });
+  for_each_row(args, threads, &RowKernels::stats);
 }
 
 void cpu_gradient(const GradientArgs& args, int threads) {
-  prefer_large_pages(args.gradient, args.logits, args.shape);
-  const RowKernels& kernels = *chosen().load()->kernels;
-  for_each_row(args.shape.rows, args.shape.vocab, threads,
-               [&](int64_t row) { kernels.gradient(args, row); });
+  prefer_large_pages(args.gradient, args);
+  for_each_row(args, threads, &RowKernels::gradient);
 }
 
 void cpu_multiply(const MultiplyArgs& args, int threads) {
-  if (*args.factor == 1.0f) return;
-  const RowKernels& kernels = *chosen().load()->kernels;
-  for_each_row(args.shape.rows, args.shape.vocab, threads,
-               [&](int64_t row) { kernels.multiply(args, row); });
+  if (*args.factor != 1.0f) for_each_row(args, threads, &RowKernels::multiply);
 }
 
 }  // namespace dcpo

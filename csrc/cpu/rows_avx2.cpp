@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #define DCPO_VECTOR_BYTES 32
+#include "dispatch.h"
 #include "rows.inc"
 
 const dcpo::RowKernels dcpo::kRowKernelsAvx2 = {fused, stats, gradient, multiply};

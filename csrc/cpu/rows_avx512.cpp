@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #define DCPO_VECTOR_BYTES 64
+#include "dispatch.h"
 #include "rows.inc"
 
 const dcpo::RowKernels dcpo::kRowKernelsAvx512 = {fused, stats, gradient, multiply};

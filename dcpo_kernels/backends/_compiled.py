@@ -150,7 +150,8 @@ def decide_arguments(
     return {
         "rows": read.logprobs.numel(),
         "count": groups.lengths.numel(),
-        **_named(read, tokens, numbers, groups, decisions, coefficients),
+        **_named(read, tokens, groups, decisions, coefficients),
+        "objective": _objective(numbers),
     }
 
 

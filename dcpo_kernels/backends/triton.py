@@ -7,7 +7,6 @@ on CPU tensors in its interpreter: for tests, some thousand times slower.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +18,17 @@ if TYPE_CHECKING:
     from dcpo_kernels.objective import Numbers
     from dcpo_kernels.ops.decide import Decisions, RatioGroups, Read
     from dcpo_kernels.ops.finish import Totals
-    from dcpo_kernels.ops.records import Coefficients, Grouping, Responses, Results, Tokens
+    from dcpo_kernels.ops.records import (
+        Coefficients,
+        Grouping,
+        Options,
+        Responses,
+        Results,
+        Rows,
+        Tokens,
+    )
+    from dcpo_kernels.ops.row_gradient import RowCoefficients
+    from dcpo_kernels.ops.row_stats import RowStats, Targets
 
 kernels: Any = None
 response_kernels: Any = None
@@ -174,104 +183,67 @@ def _run(
 
 def fused(
     logits: Tensor,
-    gradient: Tensor | None,
-    target_ids: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    ref_logprobs: Tensor | None,
-    importance_weights: Tensor | None,
-    topk_ids: Tensor | None,
-    topk_logprobs: Tensor | None,
-    old_logits: Tensor | None,
-    objective: Sequence[float],
-    temperature: float,
-    skip_zero_advantage: bool,
-    token_loss: Tensor,
-    logprobs: Tensor,
-    entropy: Tensor,
-    ratio: Tensor,
-    clipped: Tensor,
+    gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
+    rows: Rows,
+    tokens: Tokens,
+    numbers: Numbers,
+    options: Options,
+    results: Results,
 ) -> None:
-    surrogate, divergence, *numbers = objective
-    entropies = entropy if entropy.numel() else None
-    kl_coef, entropy_coef, penalty_coef = numbers[-3:]
-    strides, aligned = _layout(logits)
-    gradient_strides, gradient_aligned = old_strides, old_aligned = strides, aligned
-    if gradient is not None and gradient is not logits:
-        gradient_strides, gradient_aligned = _layout(gradient)
-    if old_logits is not None:
-        old_strides, old_aligned = _layout(old_logits)
+    surrogate, divergence, *values = numbers
+    results = results._replace(entropy=_filled(results.entropy))
+    dx, old = logits if gradient is None else gradient, rows.old_logits
+    (strides, aligned), (dx_strides, dx_aligned) = _layout(logits), _layout(dx)
+    old_strides, old_aligned = (strides, aligned) if old is None else _layout(old)
+    registers = 32
+    if old is not None:
+        registers = 8
+    elif results.entropy is not None or rows.topk_ids is not None:
+        registers = 16
     _launch(
         "fused",
         logits,
         (
             logits,
             gradient,
-            old_logits,
-            target_ids,
-            old_logprobs,
-            advantages,
-            weights,
-            ref_logprobs,
-            importance_weights,
-            topk_ids,
-            topk_logprobs,
-            token_loss,
-            logprobs,
-            entropies,
-            ratio,
-            clipped,
+            *rows,
+            *tokens,
+            *results,
             row_count(logits),
             logits.shape[-1],
-            0 if topk_ids is None else topk_ids.shape[1],
+            0 if rows.topk_ids is None else rows.topk_ids.shape[-1],
             *strides,
-            *gradient_strides[1:],
+            *dx_strides[1:],
             *old_strides[1:],
-            temperature,
-            *numbers,
+            options.temperature,
+            *values,
         ),
         surrogate,
         divergence,
-        kl_coef != 0,
-        entropy_coef != 0,
-        penalty_coef != 0,
-        skip_zero_advantage,
-        aligned=(aligned, gradient_aligned, old_aligned),
-        registers=32
-        if entropies is None and topk_ids is None and old_logits is None
-        else 16
-        if old_logits is None
-        else 8,
+        numbers.kl_coef != 0,
+        numbers.entropy_coef != 0,
+        numbers.penalty_coef != 0,
+        aligned=(aligned, dx_aligned, old_aligned),
+        registers=registers,
     )
 
 
-def row_stats(
-    logits: Tensor,
-    target_ids: Tensor,
-    counts: Tensor | None,
-    temperature: float,
-    logprobs: Tensor,
-    entropy: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-) -> None:
+def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStats) -> None:
     strides, aligned = _layout(logits)
+    mask = None if targets.mask is None else targets.mask.view(torch.uint8)
     _launch(
         "row_stats",
         logits,
         (
             logits,
-            target_ids,
-            counts,
-            logprobs,
-            entropy if entropy.numel() else None,
-            row_max,
-            log_sum,
+            targets.target_ids,
+            mask,
+            targets.temperatures,
+            *stats._replace(entropy=_filled(stats.entropy)),
             row_count(logits),
             logits.shape[-1],
             *strides,
-            temperature,
+            options.temperature,
         ),
         aligned=(aligned,),
     )
@@ -279,43 +251,34 @@ def row_stats(
 
 def row_gradient(
     logits: Tensor,
-    gradient: Tensor,
-    target_ids: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    g: Tensor,
-    h: Tensor | None,
+    gradient: Tensor,  # like logits, or logits itself
+    coefficients: RowCoefficients,
+    factor: Tensor | None,
     temperature: float,
 ) -> None:
-    strides, aligned = _layout(logits)
-    gradient_strides, gradient_aligned = _layout(gradient)
+    (strides, aligned), (dx_strides, dx_aligned) = _layout(logits), _layout(gradient)
     _launch(
         "row_gradient",
         logits,
         (
             logits,
             gradient,
-            target_ids,
-            row_max,
-            log_sum,
-            None if h is None else entropy,
-            g,
-            h,
+            *coefficients,
+            factor,
             row_count(logits),
             logits.shape[-1],
             *strides,
-            *gradient_strides[1:],
+            *dx_strides[1:],
             temperature,
         ),
-        aligned=(aligned, gradient_aligned),
+        aligned=(aligned, dx_aligned),
     )
 
 
-def scale(x: Tensor, scale: Tensor) -> None:
+def multiply_(x: Tensor, factor: Tensor) -> None:
     strides, aligned = _layout(x)
-    arguments = (x, scale, row_count(x), x.shape[-1], *strides)
-    _launch("scale", x, arguments, aligned=(aligned,))
+    arguments = (x, factor, row_count(x), x.shape[-1], *strides)
+    _launch("multiply_", x, arguments, aligned=(aligned,))
 
 
 # ---- around the vocabulary kernel ---------------------------------------------------------------

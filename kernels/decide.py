@@ -1,7 +1,7 @@
 """Decide in Triton: what an objective says of one token, from its scalars alone.
 
-The twin of `decide` in dcpo_kernels/objectives.py and csrc/objective.h. float32 throughout. Kinds
-and optional terms are constexpr, every number is an argument: an annealed epsilon compiles nothing.
+The twin of dcpo_kernels/decide.py and csrc/decide.h, line for line. float32 throughout. Kinds and
+optional terms are constexpr, every number is an argument: an annealed epsilon compiles nothing.
 """
 
 import triton
@@ -9,24 +9,15 @@ import triton.language as tl
 
 from dcpo_kernels import objective as objectives
 
-CLIP = tl.constexpr(objectives.SURROGATES.index("clip"))
-DYNAMIC_CLIP = tl.constexpr(objectives.SURROGATES.index("dynamic-clip"))
-INVERSE_SQRT_CLIP = tl.constexpr(objectives.SURROGATES.index("inverse-sqrt-clip"))
-REINFORCE = tl.constexpr(objectives.SURROGATES.index("reinforce"))
-SOFT_GATE = tl.constexpr(objectives.SURROGATES.index("soft-gate"))
-RATIO_MASK = tl.constexpr(objectives.SURROGATES.index("ratio-mask"))
-NO_DIVERGENCE = tl.constexpr(objectives.DIVERGENCES.index("none"))
-BINARY_TV = tl.constexpr(objectives.DIVERGENCES.index("binary_tv"))
-BINARY_KL = tl.constexpr(objectives.DIVERGENCES.index("binary_kl"))
-TOPK_TV = tl.constexpr(objectives.DIVERGENCES.index("topk_tv"))
-TOPK_KL = tl.constexpr(objectives.DIVERGENCES.index("topk_kl"))
-FULL_TV = tl.constexpr(objectives.DIVERGENCES.index("tv"))
-FULL_KL = tl.constexpr(objectives.DIVERGENCES.index("kl"))
-CLIP_NONE = tl.constexpr(objectives.CLIP_NONE)
-CLIP_HIGH = tl.constexpr(objectives.CLIP_HIGH)
-CLIP_LOW = tl.constexpr(objectives.CLIP_LOW)
-CLIP_CAP = tl.constexpr(objectives.CLIP_CAP)
-CLIP_REGION = tl.constexpr(objectives.CLIP_REGION)
+CLIP, DYNAMIC_CLIP, INVERSE_SQRT_CLIP, REINFORCE, SOFT_GATE, RATIO_MASK = map(
+    tl.constexpr, range(len(objectives.SURROGATES))
+)
+NO_DIVERGENCE, BINARY_TV, BINARY_KL, TOPK_TV, TOPK_KL, FULL_TV, FULL_KL = map(
+    tl.constexpr, range(len(objectives.DIVERGENCES))
+)
+CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION = map(
+    tl.constexpr, range(len(objectives.CLIPPED))
+)
 MAX_LOG_RATIO = tl.constexpr(objectives.MAX_LOG_RATIO)
 MIN_PROB = tl.constexpr(objectives.MIN_PROB)
 MIN_REST = tl.constexpr(objectives.MIN_REST)
@@ -47,10 +38,10 @@ def expm1(x):
 
 
 @triton.jit
-def hold(log_ratio):
-    """Between -20 and 20; the comparisons let NaN through."""
-    held = tl.where(log_ratio < -MAX_LOG_RATIO, -MAX_LOG_RATIO, log_ratio)
-    return tl.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, held)
+def clamp_log_ratio(log_ratio):
+    """Within +-MAX_LOG_RATIO; the comparisons let NaN through."""
+    x = tl.where(log_ratio > MAX_LOG_RATIO, MAX_LOG_RATIO, log_ratio)
+    return tl.where(x < -MAX_LOG_RATIO, -MAX_LOG_RATIO, x)
 
 
 @triton.jit
@@ -80,32 +71,6 @@ def binary_slope(logprob, old_logprob, DIVERGENCE: tl.constexpr):
         return p * sign(p - q)
     not_p, not_q = -expm1(logprob), -expm1(old_logprob)
     return tl.where(not_p < MIN_REST, 0.0, not_q * p / not_p) - q
-
-
-@triton.jit
-def topk_divergence(logprobs, old_logprobs, DIVERGENCE: tl.constexpr):
-    """Over listed tokens [K], -inf where there is none, and one bucket for the rest (DPPO section
-    4.2)."""
-    p, q = tl.exp(logprobs), tl.exp(old_logprobs)
-    rest_p = tl.maximum(1 - tl.sum(p, 0), MIN_REST)
-    rest_q = tl.maximum(1 - tl.sum(q, 0), MIN_REST)
-    if DIVERGENCE == TOPK_TV:
-        return 0.5 * (tl.sum(tl.abs(p - q), 0) + tl.abs(rest_p - rest_q))
-    inside = tl.where(q > 0, q * (old_logprobs - logprobs), 0.0)
-    return tl.sum(inside, 0) + rest_q * (tl.log(rest_q) - tl.log(rest_p))
-
-
-@triton.jit
-def topk_slopes(logprobs, old_logprobs, DIVERGENCE: tl.constexpr):
-    """e [K]: the divergence's gradient is e - p sum(e) in a listed logit and -p sum(e) in any
-    other, over T."""
-    p, q = tl.exp(logprobs), tl.exp(old_logprobs)
-    rest_p = 1 - tl.sum(p, 0)
-    rest_q = tl.maximum(1 - tl.sum(q, 0), MIN_REST)
-    held = rest_p < MIN_REST
-    if DIVERGENCE == TOPK_TV:
-        return 0.5 * p * (sign(p - q) - tl.where(held, 0.0, sign(rest_p - rest_q)))
-    return tl.where(held, 0.0, p * rest_q / rest_p) - q
 
 
 @triton.jit
@@ -155,19 +120,19 @@ def decide(
     A = advantage
     if log_ratio is None:
         log_ratio = logprob - old_logprob
-    r = tl.exp(hold(log_ratio))
-    held = tl.abs(log_ratio) > MAX_LOG_RATIO  # there the ratio is a constant
+    saturated = tl.abs(log_ratio) > MAX_LOG_RATIO  # there the ratio is a constant; false for NaN
+    r = tl.exp(clamp_log_ratio(log_ratio))
     clipped = CLIP_NONE
     BINARY: tl.constexpr = DIVERGENCE == BINARY_TV or DIVERGENCE == BINARY_KL
     if BINARY:
         divergence = binary_divergence(logprob, old_logprob, DIVERGENCE)
 
     if SURROGATE == SOFT_GATE:
-        # SAPO (arXiv 2511.20347): f(r) = 4/tau sigmoid(tau (r - 1))
+        # SAPO (arXiv 2511.20347): f(r) = 4/tau sigmoid(tau (r - 1)), f'(1) = 1
         tau = tl.where(A > 0, eps_high, eps_low)
         gate = 1 / (1 + tl.exp(-tau * (r - 1)))
         loss = -A * 4 / tau * gate
-        g = -A * 4 * gate * (1 - gate) * r
+        g = -A * 4 * (gate * (1 - gate)) * r
     elif SURROGATE == REINFORCE:
         weight = tl.where(r > ratio_cap, ratio_cap, r)
         if DIVERGENCE == NO_DIVERGENCE or WITH_PENALTY:
@@ -179,15 +144,15 @@ def decide(
             weight = tl.where(further_up | further_down, 0.0, weight)
         g = -A * weight
         # not a product: a weight of 0 on a log-probability of -inf is a loss of 0
-        loss = tl.where(held | (g == 0), 0.0, g * logprob)
+        loss = tl.where(saturated | (g == 0), 0.0, g * logprob)
     else:
         low, high = clip_bounds(old_logprob, eps_low, eps_high, ratio_max, SURROGATE)
-        if SURROGATE == RATIO_MASK:  # IcePop's
+        if SURROGATE == RATIO_MASK:
             clipped = tl.where((r < low) | (r > high), CLIP_REGION, CLIP_NONE)
             value = tl.where(clipped == CLIP_REGION, 0.0, r)
         else:
-            # max(-A r, -A clip(r, low, high)), for A < 0 at most -A cap (DCPO eq. 5; arXiv
-            # 1912.09729 eq. 5). Written from the weakest rule to the strongest.
+            # max(-A r, -A clip(r, low, high)), and for A < 0 at most -A cap (DCPO eq. 5; arXiv
+            # 1912.09729 eq. 5). From the weakest rule to the strongest.
             clipped = tl.where((A < 0) & (r > ratio_cap), CLIP_CAP, CLIP_NONE)
             clipped = tl.where((A < 0) & (r < low), CLIP_LOW, clipped)
             clipped = tl.where((A > 0) & (r > high), CLIP_HIGH, clipped)
@@ -196,27 +161,28 @@ def decide(
             value = tl.where(clipped == CLIP_HIGH, high, value)
         loss = -A * value
         g = tl.where(clipped == CLIP_NONE, -A * r, 0.0)
-    g = tl.where(held, 0.0, g)
+    g = tl.where(saturated, 0.0, g)
 
     loss *= importance
     g *= importance
-    h = 0.0
-    if WITH_KL:  # k3: exp(d) - d - 1, d = ref - logp
+    if WITH_KL:
+        # k3 estimator exp(d) - d - 1, d = ref - logp
         d = ref_logprob - logprob
-        bounded = hold(d)
+        bounded = clamp_log_ratio(d)
         loss += kl_coef * (expm1(bounded) - bounded)
-        g -= tl.where(tl.abs(d) > MAX_LOG_RATIO, 0.0, kl_coef * expm1(bounded))
+        slope = -kl_coef * expm1(bounded)
+        g += tl.where(tl.abs(d) > MAX_LOG_RATIO, 0.0, slope)
+    h = 0.0
     if WITH_ENTROPY_TERM:
         loss -= entropy_coef * entropy
         h = -entropy_coef
-    pull = 0.0
+    divergence_coef = 0.0
     if WITH_PENALTY:
         excess = divergence - tl.where(A < 0, limit_low, limit_high)
-        beyond = tl.where(excess <= 0, 0.0, penalty_coef)  # a NaN is beyond
         loss += tl.where(excess <= 0, 0.0, penalty_coef * excess)
         if BINARY:
             slope = binary_slope(logprob, old_logprob, DIVERGENCE)
             g += tl.where(excess <= 0, 0.0, penalty_coef * slope)
         else:
-            pull = beyond
-    return loss, g, h, r, clipped, pull
+            divergence_coef = tl.where(excess <= 0, 0.0, penalty_coef)  # a NaN exceeds
+    return loss, g, h, r, clipped, divergence_coef

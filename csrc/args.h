@@ -1,0 +1,67 @@
+// What the row kernels are given, on a CPU and on a GPU: views of the logits, the scalars of each
+// row, where the results go. Named as the records of dcpo_kernels/ops/; every array has a value per
+// row, unless it says otherwise. A null pointer is a tensor that is not there.
+#pragma once
+
+#include <cstdint>
+
+#include "decide.h"
+
+namespace dcpo {
+
+enum DType : int { kBFloat16, kFloat16, kFloat32 };
+
+// Row i of [batch, per_batch, vocab] logits begins at (i / per_batch) * batch_stride + (i %
+// per_batch) * row_stride elements; the vocabulary is contiguous.
+struct View {
+  void* data = nullptr;
+  int64_t per_batch = 1, batch_stride = 0, row_stride = 0;
+};
+
+// The rows, and what it takes to read one.
+struct Batch {
+  int64_t rows, vocab;
+  DType dtype;
+  float temperature;          // of all rows, where
+  const float* temperatures;  // is null
+  View logits;
+  const int64_t* target_ids;
+};
+
+// Read, decide, write.
+struct FusedArgs : Batch {
+  View gradient;               // null: read and decide only; the logits: in place
+  const int64_t* topk_ids;     // [rows, k]
+  const float* topk_logprobs;  // [rows, k]
+  int64_t k;
+  View old_logits;
+  DType old_dtype;
+  Objective objective;
+  const float* old_logprobs;  // null: those of the policy itself, the ratio is 1
+  const float *advantages, *weights, *ref_logprobs, *importance_weights;
+  float *token_loss, *logprobs, *entropy, *ratio;  // entropy: null where nobody asked for it
+  int8_t* clipped;
+};
+
+// Read alone.
+struct StatsArgs : Batch {
+  const uint8_t* mask;  // the rows that are read; null: all
+  float *logprobs, *entropy, *row_max, *log_sum;
+};
+
+// Write alone: dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]
+struct GradientArgs : Batch {
+  View gradient;
+  const float *row_max, *log_sum, *entropy, *g, *h;
+  const float* factor;  // one number, where it lies; null: 1
+};
+
+// x times a factor, rows in place.
+struct MultiplyArgs {
+  int64_t rows, vocab;
+  DType dtype;
+  View x;
+  const float* factor;  // one number, where it lies
+};
+
+}  // namespace dcpo

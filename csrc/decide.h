@@ -1,0 +1,224 @@
+// Decide: what the log-probability of a token is worth, and the gradient that follows from it.
+//
+// dcpo_kernels/decide.py and kernels/decide.py are the same, line for line. float32 throughout;
+// included by the CPU and the CUDA kernels.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+// static: each CPU kernel is compiled for another instruction set, and the linker must not let them
+// share a copy.
+#if defined(__CUDACC__)
+#define DCPO_HD static __host__ __device__ __forceinline__
+#else
+#define DCPO_HD static inline
+#endif
+
+namespace dcpo {
+
+// A code is the place of its name, which is spelled as in dcpo_kernels/objective.py. Python
+// compares the names when it loads the module.
+enum Surrogate : int { kClip, kDynamicClip, kInverseSqrtClip, kReinforce, kSoftGate, kRatioMask };
+constexpr const char* kSurrogates[] = {"clip",      "dynamic-clip", "inverse-sqrt-clip",
+                                       "reinforce", "soft-gate",    "ratio-mask"};
+
+enum Divergence : int { kNone, kBinaryTv, kBinaryKl, kTopkTv, kTopkKl, kFullTv, kFullKl };
+constexpr const char* kDivergences[] = {"none",    "binary_tv", "binary_kl", "topk_tv",
+                                        "topk_kl", "tv",        "kl"};
+
+enum Clipped : int8_t { kClippedNone, kClippedHigh, kClippedLow, kClippedCap, kClippedRegion };
+constexpr const char* kClipped[] = {"none", "high", "low", "cap", "region"};
+
+// |logp - old_logp| and |ref_logp - logp| are clamped to it before exp.
+constexpr float kMaxLogRatio = 20.0f;
+// The smallest normal: q = 0 and denormal q must not give 0/0.
+constexpr float kMinProb = 1.17549435e-38f;
+// Floor of the probability of whatever is not listed in a divergence.
+constexpr float kMinRest = 1e-12f;
+// Ids per row of a top-K divergence.
+constexpr int kMaxK = 128;
+
+struct Objective {
+  int surrogate, divergence;
+  float eps_low, eps_high;  // soft gate: the temperatures for A < 0 and A > 0
+  float ratio_max, ratio_cap;
+  float limit_low, limit_high;
+  float kl_coef, entropy_coef, penalty_coef;
+};
+
+struct Token {
+  float logprob, old_logprob, advantage;
+  float importance;  // multiplies the policy term; 1 where there is none
+  float ref_logprob, entropy;
+  float divergence;  // top-K and full divergences; binary ones are computed here
+  float log_ratio;   // logprob - old_logprob, or the mean of that over the response (GSPO)
+};
+
+struct Decision {
+  float loss;
+  float g;  // dloss/dlogprob
+  float h;  // dloss/dentropy
+  float ratio;
+  Clipped clipped;
+  float divergence_coef;  // dloss/ddivergence of a penalty on a top-K or full divergence; a binary
+                          // one's is in g
+};
+
+DCPO_HD bool needs_topk(const Objective& o) {
+  return o.divergence == kTopkTv || o.divergence == kTopkKl;
+}
+DCPO_HD bool needs_old_logits(const Objective& o) {
+  return o.divergence == kFullTv || o.divergence == kFullKl;
+}
+DCPO_HD float clamp_log_ratio(float x) {  // NaN comes through
+  return x > kMaxLogRatio ? kMaxLogRatio : x < -kMaxLogRatio ? -kMaxLogRatio : x;
+}
+
+DCPO_HD float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
+
+// Divergence between two policies told apart by the sampled token alone (DPPO section 4).
+DCPO_HD float binary_divergence(int kind, float logp, float old_logp) {
+  const float p = expf(logp), q = expf(old_logp);
+  if (kind == kBinaryTv) return fabsf(p - q);
+  // log(1 - p) from expm1: 1 - exp(logp) has no digits left where logp is near 0
+  const float not_p = -expm1f(logp), not_q = -expm1f(old_logp);
+  const float inside = q > 0.0f ? q * (old_logp - logp) : 0.0f;
+  const float log_not_p = logf(not_p < kMinRest ? kMinRest : not_p);
+  return inside + (not_q > 0.0f ? not_q * (logf(not_q) - log_not_p) : 0.0f);
+}
+
+// Its derivative in logp.
+DCPO_HD float binary_slope(int kind, float logp, float old_logp) {
+  const float p = expf(logp), q = expf(old_logp);
+  if (kind == kBinaryTv) return p * sign(p - q);
+  const float not_p = -expm1f(logp), not_q = -expm1f(old_logp);
+  return (not_p < kMinRest ? 0.0f : not_q * p / not_p) - q;
+}
+
+// One listed token of a top-K divergence; `finish_topk` adds the bucket of all others.
+DCPO_HD float topk_term(int kind, float logp, float old_logp) {
+  const float p = expf(logp), q = expf(old_logp);
+  if (kind == kTopkTv) return fabsf(p - q);
+  return q > 0.0f ? q * (old_logp - logp) : 0.0f;
+}
+
+DCPO_HD float finish_topk(int kind, float sum, float mass_p, float mass_q) {
+  const float rest_p = 1.0f - mass_p > kMinRest ? 1.0f - mass_p : kMinRest;
+  const float rest_q = 1.0f - mass_q > kMinRest ? 1.0f - mass_q : kMinRest;
+  if (kind == kTopkTv) return 0.5f * (sum + fabsf(rest_p - rest_q));
+  return sum + rest_q * (logf(rest_q) - logf(rest_p));
+}
+
+// The gradient of a top-K divergence in a listed logit is e - p sum(e), in any other -p sum(e),
+// over T. Here: e = p (dD/dp - dD/drest_p).
+DCPO_HD float topk_slope(int kind, float logp, float old_logp, float mass_p, float mass_q) {
+  const float p = expf(logp), q = expf(old_logp);
+  const float rest_p = 1.0f - mass_p;
+  const float rest_q = 1.0f - mass_q > kMinRest ? 1.0f - mass_q : kMinRest;
+  const bool held = rest_p < kMinRest;
+  if (kind == kTopkTv) return 0.5f * p * (sign(p - q) - (held ? 0.0f : sign(rest_p - rest_q)));
+  return (held ? 0.0f : p * rest_q / rest_p) - q;
+}
+
+struct ClipBounds {
+  float low, high;
+};
+
+// Lower and upper bound on the ratio. The maxima keep q = 0 from giving inf * 0.
+DCPO_HD ClipBounds clip_bounds(const Objective& o, float old_logprob) {
+  const float q = fmaxf(expf(old_logprob), kMinProb);
+  float low, high;
+  if (o.surrogate == kDynamicClip) {  // DCPO eq. 6
+    low = 0.5f + 0.5f * sqrtf(fmaxf(1.0f - 4.0f * o.eps_low / q, 0.0f));
+    high = 0.5f + 0.5f * sqrtf(1.0f + 4.0f * o.eps_high / q);
+  } else if (o.surrogate == kInverseSqrtClip) {
+    low = fmaxf(1.0f - o.eps_low / sqrtf(q), 0.0f);
+    high = 1.0f + o.eps_high / sqrtf(q);
+  } else {
+    low = 1.0f - o.eps_low;
+    high = 1.0f + o.eps_high;
+  }
+  return {low, fminf(high, o.ratio_max)};
+}
+
+// A NaN among the log-probs makes all of loss, g and ratio NaN: every comparison is false for it.
+DCPO_HD Decision decide(const Objective& o, const Token& t) {
+  const float A = t.advantage;
+  const bool saturated = fabsf(t.log_ratio) > kMaxLogRatio;  // there the ratio is a constant
+  const float r = expf(clamp_log_ratio(t.log_ratio));
+  Clipped clipped = kClippedNone;
+  const bool binary = o.divergence == kBinaryTv || o.divergence == kBinaryKl;
+  float divergence = t.divergence, loss, g;
+  if (binary) divergence = binary_divergence(o.divergence, t.logprob, t.old_logprob);
+
+  if (o.surrogate == kSoftGate) {
+    // SAPO (arXiv 2511.20347): f(r) = 4/tau sigmoid(tau (r - 1)), f'(1) = 1
+    const float tau = A > 0.0f ? o.eps_high : o.eps_low;
+    const float gate = 1.0f / (1.0f + expf(-tau * (r - 1.0f)));
+    loss = -A * 4.0f / tau * gate;
+    g = -A * 4.0f * (gate * (1.0f - gate)) * r;
+  } else if (o.surrogate == kReinforce) {
+    float weight = r > o.ratio_cap ? o.ratio_cap : r;
+    if (o.divergence == kNone || o.penalty_coef != 0.0f) {
+      if (r > o.ratio_cap) clipped = kClippedCap;
+    } else {
+      const bool further_up = A > 0.0f && t.log_ratio > 0.0f && divergence > o.limit_high;
+      const bool further_down = A < 0.0f && t.log_ratio < 0.0f && divergence > o.limit_low;
+      if (further_up || further_down) clipped = kClippedRegion;
+      if (further_up || further_down) weight = 0.0f;
+    }
+    g = -A * weight;
+    // not a product: a weight of 0 on a log-probability of -inf is a loss of 0
+    loss = saturated || g == 0.0f ? 0.0f : g * t.logprob;
+  } else {
+    const auto [low, high] = clip_bounds(o, t.old_logprob);
+    float value;
+    if (o.surrogate == kRatioMask) {
+      if (r < low || r > high) clipped = kClippedRegion;
+      value = clipped == kClippedRegion ? 0.0f : r;
+    } else {
+      // max(-A r, -A clip(r, low, high)), and for A < 0 at most -A cap (DCPO eq. 5; arXiv
+      // 1912.09729 eq. 5). From the weakest rule to the strongest.
+      if (A < 0.0f && r > o.ratio_cap) clipped = kClippedCap;
+      if (A < 0.0f && r < low) clipped = kClippedLow;
+      if (A > 0.0f && r > high) clipped = kClippedHigh;
+      value = clipped == kClippedCap ? o.ratio_cap : r;
+      value = clipped == kClippedLow ? low : value;
+      value = clipped == kClippedHigh ? high : value;
+    }
+    loss = -A * value;
+    g = clipped == kClippedNone ? -A * r : 0.0f;
+  }
+  if (saturated) g = 0.0f;
+
+  loss *= t.importance;
+  g *= t.importance;
+  if (o.kl_coef != 0.0f) {
+    // k3 estimator exp(d) - d - 1, d = ref - logp
+    const float d = t.ref_logprob - t.logprob;
+    const float bounded = clamp_log_ratio(d);
+    loss += o.kl_coef * (expm1f(bounded) - bounded);
+    const float slope = -o.kl_coef * expm1f(bounded);
+    g += fabsf(d) > kMaxLogRatio ? 0.0f : slope;
+  }
+  float h = 0.0f;
+  if (o.entropy_coef != 0.0f) {
+    loss -= o.entropy_coef * t.entropy;
+    h = -o.entropy_coef;
+  }
+  float divergence_coef = 0.0f;
+  if (o.penalty_coef != 0.0f) {
+    const float excess = divergence - (A < 0.0f ? o.limit_low : o.limit_high);
+    loss += excess <= 0.0f ? 0.0f : o.penalty_coef * excess;
+    if (binary) {
+      const float slope = binary_slope(o.divergence, t.logprob, t.old_logprob);
+      g += excess <= 0.0f ? 0.0f : o.penalty_coef * slope;
+    } else {
+      divergence_coef = excess <= 0.0f ? 0.0f : o.penalty_coef;  // a NaN exceeds
+    }
+  }
+  return {loss, g, h, r, clipped, divergence_coef};
+}
+
+}  // namespace dcpo

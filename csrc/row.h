@@ -1,0 +1,186 @@
+// What a row is once it is read: its sums, what it is decided on, what is left of it for its
+// gradient. Shared by the CPU and the CUDA kernels, which agree on NaN, on infinities and on rows
+// that don't count.
+#pragma once
+
+#include "args.h"
+
+namespace dcpo {
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+static inline int64_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// f(T()) with the type of a dtype.
+template <class F>
+static inline auto with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case kBFloat16:
+      return f(BFloat16());
+    case kFloat16:
+      return f(Float16());
+    default:
+      return f(float());
+  }
+}
+
+template <class T>
+DCPO_HD T* row_of(const View& view, int64_t row) {
+  return static_cast<T*>(view.data) + row / view.per_batch * view.batch_stride +
+         row % view.per_batch * view.row_stride;
+}
+
+DCPO_HD float temperature_of(const Batch& a, int64_t row) {
+  return a.temperatures ? a.temperatures[row] : a.temperature;
+}
+
+DCPO_HD bool in_vocabulary(int64_t id, int64_t vocab) { return id >= 0 && id < vocab; }
+
+// ---- read ---------------------------------------------------------------------------------------
+
+// Of a row, or a part of it: y = (x - max) log2(e) / T; sum_exp = sum 2^y; sum_exp_z = sum 2^y y,
+// or 2^y times y less another row's. `rest` is sum_exp without the 1 of a maximum: a float32 near 1
+// has no digits below 6e-8, and what stands beside a peak is all that log p, the entropy and the
+// peak's 1 - p are made of. A NaN or +inf logit makes it NaN; nothing read yet is (-inf, -1, 0).
+struct Sums {
+  float row_max = -INFINITY;
+  float rest = -1.0f;
+  float sum_exp_z = 0.0f;
+};
+
+DCPO_HD float log_sum_of(const Sums& s) { return log1pf(s.rest); }
+DCPO_HD float mean_of(const Sums& s) { return s.sum_exp_z * kLn2 / (1.0f + s.rest); }
+DCPO_HD float entropy_of(const Sums& s) { return log_sum_of(s) - mean_of(s); }
+// The maximum apart from the rest: a row shifted by 1e4 loses nothing.
+DCPO_HD float logprob_of(const Sums& s, float x, float temperature) {
+  return (x - s.row_max) / temperature - log_sum_of(s);
+}
+
+// ---- decide -------------------------------------------------------------------------------------
+
+// A row that is not read: results 0, ratio 1, gradient 0.
+DCPO_HD bool idle(const FusedArgs& a, int64_t row) { return a.weights[row] == 0.0f; }
+
+DCPO_HD void write_idle(const FusedArgs& a, int64_t row) {
+  a.token_loss[row] = a.logprobs[row] = 0.0f;
+  if (a.entropy) a.entropy[row] = 0.0f;
+  a.ratio[row] = 1.0f;
+  a.clipped[row] = kClippedNone;
+}
+
+// The scalars of a row that is read, loaded ahead of their use.
+struct RowInputs {
+  int64_t target;
+  float temperature, weight, old_logprob, advantage, importance, ref_logprob;
+};
+
+DCPO_HD RowInputs load_inputs(const FusedArgs& a, int64_t row) {
+  return {a.target_ids[row],
+          temperature_of(a, row),
+          a.weights[row],
+          a.old_logprobs ? a.old_logprobs[row] : 0.0f,
+          a.advantages[row],
+          a.importance_weights ? a.importance_weights[row] : 1.0f,
+          a.ref_logprobs ? a.ref_logprobs[row] : 0.0f};
+}
+
+DCPO_HD float old_logprob_of(const FusedArgs& a, const RowInputs& in, float logprob) {
+  return a.old_logprobs ? in.old_logprob : logprob;
+}
+
+// What is left of a row once it is decided: dx_j = 2^y (b + a y), y = log2 p_j = (x_j - max) scale
+// - offset, and the terms of the target's own gradient.
+struct RowGradient {
+  float row_max, scale, offset, a, b;
+  float g, h, log_sum, entropy, temperature;
+  float divergence_coef;  // weighted; not part of a, b and g
+  bool zero;              // nothing pulls at this row: zeros, whatever its logits are
+};
+
+template <bool kEntropy>
+DCPO_HD RowGradient row_gradient_of(float g, float h, float row_max, float log_sum, float entropy,
+                                    float temperature) {
+  RowGradient c;
+  // A NaN that came with other bits set would be rounded to a number by a CPU's bfloat16.
+  c.g = g == g ? g : NAN;
+  c.h = !kEntropy ? 0.0f : h == h ? h : NAN;
+  c.row_max = row_max;
+  c.scale = kLog2E / temperature;
+  c.offset = log_sum * kLog2E;
+  c.a = kEntropy ? -c.h * kLn2 / temperature : 0.0f;
+  c.b = -(c.g + (kEntropy ? c.h * entropy : 0.0f)) / temperature;
+  c.log_sum = log_sum;
+  c.entropy = entropy;
+  c.temperature = temperature;
+  c.divergence_coef = 0.0f;
+  c.zero = g == 0.0f && h == 0.0f;
+  return c;
+}
+
+// Decides a row and, where it `writes`, stores its results. An id outside the vocabulary: the
+// target logit is NaN, and with it the loss and the gradient.
+template <bool kEntropy>
+DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs& in, const Sums& s,
+                               float target_logit, float divergence, bool writes) {
+  if (!in_vocabulary(in.target, a.vocab)) target_logit = NAN;
+  Token t;
+  t.logprob = logprob_of(s, target_logit, in.temperature);
+  t.old_logprob = old_logprob_of(a, in, t.logprob);
+  t.advantage = in.advantage;
+  t.importance = in.importance;
+  t.ref_logprob = in.ref_logprob;
+  t.entropy = kEntropy ? entropy_of(s) : 0.0f;
+  t.divergence = divergence;
+  t.log_ratio = t.logprob - t.old_logprob;
+  const Decision d = decide(a.objective, t);
+  if (writes) {
+    a.token_loss[row] = d.loss;
+    a.logprobs[row] = t.logprob;
+    if (kEntropy && a.entropy) a.entropy[row] = t.entropy;
+    a.ratio[row] = d.ratio;
+    a.clipped[row] = d.clipped;
+  }
+  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * d.h, s.row_max,
+                                            log_sum_of(s), t.entropy, in.temperature);
+  c.divergence_coef = in.weight * d.divergence_coef;
+  return c;
+}
+
+// Of a row whose coefficients are given.
+template <bool kEntropy>
+DCPO_HD RowGradient row_gradient_of(const GradientArgs& a, int64_t row) {
+  const float factor = a.factor ? *a.factor : 1.0f;
+  return row_gradient_of<kEntropy>(factor * a.g[row], a.h ? factor * a.h[row] : 0.0f,
+                                   a.row_max[row], a.log_sum[row],
+                                   a.entropy ? a.entropy[row] : 0.0f, temperature_of(a, row));
+}
+
+// ---- write --------------------------------------------------------------------------------------
+
+DCPO_HD float logprob_of(const RowGradient& c, float x) {
+  return (x - c.row_max) / c.temperature - c.log_sum;
+}
+
+// Of one logit. 1 - p from expm1: nothing is left of it in float32 where p is near 1. Where p is 0,
+// so is p log p.
+template <bool kEntropy>
+DCPO_HD float gradient_at(const RowGradient& c, float x, bool is_target) {
+  const float logp = logprob_of(c, x);
+  float value = c.g * (is_target ? -expm1f(logp) : -expf(logp));
+  if (kEntropy) {
+    const float p = expf(logp);
+    value -= c.h * (p > 0.0f || !(logp == logp) ? p * (logp + c.entropy) : 0.0f);
+  }
+  return value / c.temperature;
+}
+
+}  // namespace dcpo
