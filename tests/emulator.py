@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for a CPU (csrc/emu), and makes backend="cuda" run there.
+"""Builds csrc/cuda for a CPU (tests/emulator), and makes backend="cuda" run there.
 
 Kept under build/ until a source changes.
 """
@@ -21,10 +21,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-KERNELS = ("cuda/streaming.cu", "cuda/fused_cluster.cu", "cuda/scale.cu", "cuda/responses.cu")
-COMMON = (*KERNELS, "emu/cuda.cpp", "emu/hopper.cpp")
-STRESS = (*COMMON, "emu/stress.cpp", "cpu/rows_portable.cpp")
-MODULE = (*COMMON, "emu/module.cpp", "cuda/bind.cpp")
+EMULATOR = ROOT / "tests" / "emulator"  # first on the include path
+KERNELS = ("cuda/streaming.cu", "cuda/fused_cluster.cu", "cuda/multiply.cu", "cuda/responses.cu")
+COMMON = (*KERNELS, "cuda.cpp", "hopper.cpp")
+STRESS = (*COMMON, "stress.cpp", "cpu/rows_portable.cpp")
+MODULE = (*COMMON, "module.cpp", "cuda/bind.cpp")
 
 
 def build(name: str, sources: tuple[str, ...], *flags: str) -> Path:
@@ -32,7 +33,7 @@ def build(name: str, sources: tuple[str, ...], *flags: str) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("no g++ here to build the emulated kernels with")
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in sorted(p for p in CSRC.rglob("*") if p.is_file()):
+    for path in sorted(p for f in (CSRC, EMULATOR) for p in f.rglob("*") if p.is_file()):
         digest.update(path.read_bytes())
     builds = ROOT / "build" / "emulator"
     current = builds / digest.hexdigest()[:16]
@@ -49,16 +50,17 @@ def build(name: str, sources: tuple[str, ...], *flags: str) -> Path:
 
 
 def compile_in(folder: Path, name: str, sources: tuple[str, ...], flags: tuple[str, ...]) -> None:
-    include = [f"-I{path}" for path in (CSRC, pybind11.get_include())]
+    include = [f"-I{path}" for path in (EMULATOR, CSRC, pybind11.get_include())]
     include += [f"-I{sysconfig.get_path('include')}"]
     # Contraction would give lanes what no GPU does, and the sanitizers want line numbers.
     options = ["-std=c++17", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden"]
-    options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DDCPO_EMU"]
+    options += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
     def compiled(source: str) -> Path:
         object_ = folder / (source.replace("/", "-") + ".o")
         if not object_.exists():
-            command = ["g++", *options, *flags, *include, "-x", "c++", "-c", str(CSRC / source)]
+            found = next(f for f in (EMULATOR / source, CSRC / source) if f.exists())
+            command = ["g++", *options, *flags, *include, "-x", "c++", "-c", str(found)]
             partial = object_.with_suffix(".tmp")
             subprocess.run([*command, "-o", str(partial)], check=True)
             partial.rename(object_)
@@ -92,7 +94,7 @@ def install(patch: pytest.MonkeyPatch) -> ModuleType:
 
     emulated = module()
     emulated.set()
-    patch.setattr(cuda, "_C", emulated)
+    patch.setattr(cuda, "C", emulated)
     patch.setattr(cuda, "_where", lambda x: {"device": 0, "stream": 0})
     candidates = {**backends._CANDIDATES, "cpu": (*backends._CANDIDATES["cpu"], "cuda")}
     patch.setattr(backends, "_CANDIDATES", candidates)

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU (csrc/emu): every line of them, in several orders of execution, under
+"""The CUDA kernels on a CPU (emulator/): every line of them, in several orders of execution, under
 sanitizers. What only a GPU can say is in test_gpu.py and bench/gpu_check.py."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from problems import DTYPES, LAYOUTS, OBJECTIVES, assert_matches, pairs, problem
 
 import dcpo_kernels as dk
 from dcpo_kernels import backends
-from dcpo_kernels.backends import cuda
+from dcpo_kernels.backends import _compiled, cuda
 
 NAN, INF = float("nan"), float("inf")
 SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
@@ -438,8 +438,8 @@ def test_without_a_driver():
     assert _compiled.C.cuda_devices() == []
     assert "driver" in _compiled.C.cuda_why_not(0)
     with pytest.raises(RuntimeError, match=r"cudaGetDevice: .*driver"):
-        _compiled.C.cuda_scale(
-            rows=1, vocab=1, dtype=2, x=16, strides=(1, 0, 0), scale=16, device=0, stream=0
+        _compiled.C.cuda_multiply(
+            rows=1, vocab=1, dtype=2, x=(16, 1, 0, 0), factor=16, device=0, stream=0
         )
 
 

@@ -225,7 +225,8 @@ except SystemExit:
 
 # Lowest first: a module imports from its own layer and from those below, never from above.
 LAYERS = [
-    {"_version", "files", "objectives", "aggregation", "advantages", "critic", "metrics"},
+    {"_version", "files", "objective", "presets", "decide", "responses"}
+    | {"advantages", "critic", "metrics"},
     {"_C", "kernels"},
     {"backends"},
     {"ops"},
@@ -276,16 +277,10 @@ def test_imports_run_one_way():
     assert not wrong
 
 
-def scale(address: int, numel: int, dtype: int, factor: int, stream: int) -> None:
-    _C.cuda_scale(
-        rows=1,
-        vocab=numel,
-        dtype=dtype,
-        x=address,
-        strides=(1, 0, 0),
-        scale=factor,
-        device=0,
-        stream=stream,
+def multiply(address: int, numel: int, dtype: int, factor: int, stream: int) -> None:
+    view = (address, 1, 0, 0)
+    _C.cuda_multiply(
+        rows=1, vocab=numel, dtype=dtype, x=view, factor=factor, device=0, stream=stream
     )
 
 
@@ -294,7 +289,7 @@ def test_cuda_build_without_a_gpu():
     assert _C.cuda_devices() == []
     assert _C.cuda_versions()["runtime"] >= 11000
     with pytest.raises(RuntimeError, match="CUDA"):
-        scale(address=0, numel=1, dtype=0, factor=0, stream=0)
+        multiply(address=0, numel=1, dtype=0, factor=0, stream=0)
 
 
 needs_gpu = pytest.mark.skipif(not (_C.cuda and torch.cuda.is_available()), reason="no GPU")
@@ -319,7 +314,7 @@ def test_cuda_devices_are_those_of_torch():
 )
 @pytest.mark.parametrize("start", [0, 1, 7])  # elements off a 16-byte boundary
 @pytest.mark.parametrize("numel", [0, 1, 15, 4099, 3_000_001])
-def test_cuda_scale(code, dtype, start, numel):
+def test_cuda_multiply(code, dtype, start, numel):
     buffer = torch.randn(start + numel + 9, device="cuda").to(dtype)
     for factor in (1.0, 0.3):
         multiplier = torch.tensor(factor, device="cuda")
@@ -330,6 +325,6 @@ def test_cuda_scale(code, dtype, start, numel):
         stream.wait_stream(torch.cuda.current_stream())
         # base plus offset: an empty view has no address of its own
         address = buffer.data_ptr() + start * buffer.element_size()
-        scale(address, numel, code, multiplier.data_ptr(), stream.cuda_stream)
+        multiply(address, numel, code, multiplier.data_ptr(), stream.cuda_stream)
         stream.synchronize()
         assert torch.equal(buffer, expected)

@@ -390,9 +390,9 @@ def test_a_response_is_the_same_bits_alone_and_among_others(backend):
 # ---- under sanitizers ---------------------------------------------------------------------------
 
 STRESS = (
-    "emu/stress_responses.cpp",
-    "emu/cuda.cpp",
-    "emu/hopper.cpp",
+    "stress_responses.cpp",
+    "cuda.cpp",
+    "hopper.cpp",
     "cuda/responses.cu",
     "cpu/responses.cpp",
 )
@@ -435,7 +435,7 @@ def test_opcheck(name):
 @pytest.mark.skipif(not KERNELS, reason="the compiled module is missing")
 def test_what_the_compiled_module_is_passed():
     """Exactly the fields, by their names, and float32."""
-    from dcpo_kernels.backends import native
+    from dcpo_kernels.backends import _compiled
 
     results, responses = finish_case(integers(5))
     named = {**results._asdict(), **responses._asdict()}
@@ -443,11 +443,11 @@ def test_what_the_compiled_module_is_passed():
     given |= {"rows": 5, "count": 1, "loss": 0, "response_loss": 0, "summary": 0}
     missing = {name: value for name, value in given.items() if name != "ratio"}
     with pytest.raises(TypeError, match="missing argument ratio"):
-        native._C.cpu_finish(**missing)
+        _compiled.C.cpu_finish(**missing)
     with pytest.raises(TypeError, match="unknown argument ratios"):
-        native._C.cpu_finish(**given, ratios=0)
+        _compiled.C.cpu_finish(**given, ratios=0)
     with pytest.raises(TypeError, match="argument count can't be 'many'"):
-        native._C.cpu_finish(**{**given, "count": "many"})
+        _compiled.C.cpu_finish(**{**given, "count": "many"})
     like, g, values = token_weights_case("packed")
     with pytest.raises(TypeError, match="values must be float32"):
         ops.token_weights(like, *g, [values[0].double()], "cpu")

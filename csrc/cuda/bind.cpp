@@ -1,6 +1,6 @@
 // The GPU side of dcpo_kernels._C.
-#include "bind_responses.h"
-#include "bind_rows.h"
+#include "bind.h"
+
 #include "cuda/device.h"
 #include "cuda/plan.h"
 #include "cuda/rows.h"
@@ -41,20 +41,12 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_plan", &plan, "row_bytes"_a, "major"_a, "shared_bytes"_a,
         "How fused lays out a row on 16 bytes; cluster 0: the streaming kernel.");
   // cluster: -1 as cuda_plan says, 0 the streaming kernel, else blocks that hold a row
-  bind::fused(m, "cuda_fused", cuda_fused, "device", "stream", "cluster");
-  bind::stats(m, "cuda_stats", cuda_stats, "device", "stream");
-  bind::gradient(m, "cuda_gradient", cuda_gradient, "device", "stream");
-  m.def(
-      "cuda_scale",
-      [](int64_t rows, int64_t vocab, int dtype, bind::Address x, const bind::Strides& strides,
-         bind::Address scale, int device, uintptr_t stream) {
-        cuda_scale(bind::shape(rows, vocab, dtype, 1.0f), bind::view(x, strides),
-                   bind::at<float>(scale), device, stream);
-      },
-      py::kw_only(), "rows"_a, "vocab"_a, "dtype"_a, "x"_a, "strides"_a, "scale"_a, "device"_a,
-      "stream"_a, "Multiplies rows in place by a float32 that lies on the device.");
-  bind::responses(m, "cuda_token_weights", bind::kTokenWeightsFields, cuda_token_weights, "device",
-                  "stream");
-  bind::responses(m, "cuda_decide", bind::kDecideFields, cuda_decide, "device", "stream");
-  bind::responses(m, "cuda_finish", bind::kFinishFields, cuda_finish, "device", "stream");
+  bind::launcher(m, "cuda_fused", bind::kFusedFields, cuda_fused, "device", "stream", "cluster");
+  bind::launcher(m, "cuda_stats", bind::kStatsFields, cuda_stats, "device", "stream");
+  bind::launcher(m, "cuda_gradient", bind::kGradientFields, cuda_gradient, "device", "stream");
+  bind::launcher(m, "cuda_multiply", bind::kMultiplyFields, cuda_multiply, "device", "stream");
+  bind::launcher(m, "cuda_token_weights", bind::kTokenWeightsFields, cuda_token_weights, "device",
+                 "stream");
+  bind::launcher(m, "cuda_decide", bind::kDecideFields, cuda_decide, "device", "stream");
+  bind::launcher(m, "cuda_finish", bind::kFinishFields, cuda_finish, "device", "stream");
 }

@@ -25,7 +25,7 @@
 namespace dcpo {
 namespace {
 
-#if defined(DCPO_EMU) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define DCPO_HAS_CLUSTERS 1
 #else
 #define DCPO_HAS_CLUSTERS 0
@@ -63,12 +63,12 @@ struct Walk {
   __device__ void next_row(const FusedArgs& a, int lane, Skip&& skip) {
     while (left == 0) {
       base += 32 * step;
-      if (base >= a.shape.rows) {
+      if (base >= a.rows) {
         row = -1;
         return;
       }
       const int64_t mine = base + lane * step;
-      const bool there = mine < a.shape.rows;
+      const bool there = mine < a.rows;
       const bool reads = there && !idle(a, mine);
       left = __ballot_sync(kAllLanes, reads);
       uint32_t skipped = __ballot_sync(kAllLanes, there && !reads);
@@ -142,9 +142,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32, warp_of_block = threadIdx.x / 32;
   const int warps = blocks * kClusterWarps;
   const Chunks chunks{rank * kClusterWarps + warp_of_block, warps, lane, rounds,
-                      a.shape.vocab * static_cast<int64_t>(sizeof(T))};
+                      a.vocab * static_cast<int64_t>(sizeof(T))};
   const bool first_thread = chunks.warp == 0 && lane == 0;  // of the cluster: writes results
-  const float scale = kLog2E / a.shape.temperature;
 
   DCPO_SHARED(shared);
   unsigned char* ring = shared + static_cast<size_t>(warp_of_block) * stages * kChunkBytes;
@@ -206,6 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Running sums;
   float target_logit = 0.0f;
   int64_t target = read.row >= 0 ? a.target_ids[read.row] : 0;
+  float scale = read.row >= 0 ? kLog2E / temperature_of(a, read.row) : 0.0f;
   RowInputs inputs = {};   // of the row that is decided next
   RowGradient gradient{};  // of the row that is being written, and its target
   int64_t write_target = 0;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const Sums part_sums = warp_total<kEntropy>(sums.sums(), scale);
         target_logit = warp_sum(target_logit);  // all but one are 0
         const float4 mine =
-            make_float4(part_sums.max, part_sums.rest, part_sums.entropy_sum, target_logit);
+            make_float4(part_sums.row_max, part_sums.rest, part_sums.sum_exp_z, target_logit);
         if (lane < blocks)
           hopper::send(parts + part * warps + chunks.warp, mine, totals + part, lane);
         inputs = load_inputs(a, read.row);
@@ -239,7 +239,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         part ^= 1;
         read.round = 0;
         read.next_row(a, lane, Nothing{});
-        if (read.row >= 0) target = a.target_ids[read.row];
+        if (read.row >= 0) {
+          target = a.target_ids[read.row];
+          scale = kLog2E / temperature_of(a, read.row);
+        }
       }
     }
 
@@ -251,6 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (write.round == 0) {
       hopper::wait(totals + decided_part, decided_phase);
+      const float scale = kLog2E / inputs.temperature;
       Sums total;
       float total_target = 0.0f;
       for (int i = lane; i < warps; i += 32) {  // always in this order
@@ -318,7 +322,7 @@ void launch(const FusedArgs& args, const Plan& plan, int device, uintptr_t strea
   Grid grid{plan.cluster, kThreads, plan.shared_bytes, plan.cluster};
   const int64_t clusters = active_clusters(kernel, grid, device, stream);
   if (clusters == 0) return launch_streaming(args, device, stream);
-  grid.blocks = std::min(clusters, args.shape.rows) * plan.cluster;
+  grid.blocks = std::min(clusters, args.rows) * plan.cluster;
   Launcher(grid, stream).run("fused_cluster", kernel, args, plan.stages, plan.rounds, plan.slack);
 }
 
@@ -326,23 +330,15 @@ void launch(const FusedArgs& args, const Plan& plan, int device, uintptr_t strea
 
 void prepare_cluster(int device) {
   if (limits(device).major < 9) return;
-  allow_shared(fused_cluster<BFloat16, false>, device);
-  allow_shared(fused_cluster<BFloat16, true>, device);
-  allow_shared(fused_cluster<Float16, false>, device);
-  allow_shared(fused_cluster<Float16, true>, device);
-  allow_shared(fused_cluster<float, false>, device);
-  allow_shared(fused_cluster<float, true>, device);
+  for (const DType dtype : {kBFloat16, kFloat16, kFloat32})
+    with_dtype(dtype, [&](auto t) {
+      allow_shared(fused_cluster<decltype(t), false>, device);
+      allow_shared(fused_cluster<decltype(t), true>, device);
+    });
 }
 
 void launch_cluster(const FusedArgs& args, const Plan& plan, int device, uintptr_t stream) {
-  switch (args.shape.dtype) {
-    case kBFloat16:
-      return launch<BFloat16>(args, plan, device, stream);
-    case kFloat16:
-      return launch<Float16>(args, plan, device, stream);
-    case kFloat32:
-      return launch<float>(args, plan, device, stream);
-  }
+  with_dtype(args.dtype, [&](auto t) { launch<decltype(t)>(args, plan, device, stream); });
 }
 
 }  // namespace dcpo

@@ -1,18 +1,15 @@
 // The few primitives that Hopper (sm_90) added and fused_cluster.cu uses: bulk copies between
 // device and shared memory, mbarriers that count their bytes, and a cluster's shared memory.
-// csrc/emu/hopper.h is the twin that runs on a CPU; change both.
+// tests/emulator/cuda/hopper.cuh is the twin that runs on a CPU; change both.
 //
 // The copy engine reads and writes memory through the "async proxy". Shared memory that threads
 // wrote needs fence_async() in each of them, then a barrier, before a bulk copy reads it. A bulk
 // copy takes 16-byte aligned addresses and a multiple of 16 bytes.
 #pragma once
 
-#include <cstdint>
-
-#if defined(DCPO_EMU)
-#include "emu/hopper.h"
-#else
 #include <cuda_runtime.h>
+
+#include <cstdint>
 
 namespace dcpo::hopper {
 
@@ -131,4 +128,3 @@ __device__ __forceinline__ void send(float4* slot, float4 value, uint64_t* barri
 #endif  // __CUDA_ARCH__ >= 900
 
 }  // namespace dcpo::hopper
-#endif  // DCPO_EMU

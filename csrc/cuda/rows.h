@@ -1,11 +1,11 @@
-// The row kernels of a GPU, for a stream (a cudaStream_t) of a device. csrc/cpu/rows.h says what
+// The row kernels of a GPU, for a stream (a cudaStream_t) of a device. csrc/args.h says what
 // the arguments mean; every pointer is to memory of the device. Throws std::runtime_error with
 // CUDA's message.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/rows.h"
+#include "args.h"
 
 namespace dcpo {
 
@@ -17,9 +17,8 @@ void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster
 void cuda_stats(const StatsArgs& args, int device, uintptr_t stream);
 void cuda_gradient(const GradientArgs& args, int device, uintptr_t stream);
 
-// Every row of `view` times *scale, in place. 1 returns at once without reading the rows.
-void cuda_scale(const Shape& shape, const View& view, const float* scale, int device,
-                uintptr_t stream);
+// By 1: nothing is read.
+void cuda_multiply(const MultiplyArgs& args, int device, uintptr_t stream);
 
 // Parts of cuda_fused. A plan says how many blocks hold a row; `launch_cluster` takes one that
 // fits.

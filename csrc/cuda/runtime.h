@@ -1,10 +1,7 @@
-// The host side of a launch: errors, the current device, its limits. csrc/emu/runtime.h is the twin
-// that runs kernels on a CPU.
+// The host side of a launch: errors, the current device, its limits. tests/emulator has the
+// twin that runs kernels on a CPU.
 #pragma once
 
-#if defined(DCPO_EMU)
-#include "emu/runtime.h"
-#else
 #include <cuda_runtime.h>
 
 #include <cstddef>
@@ -149,5 +146,3 @@ class PerDevice {
 
 // `name`: the block's dynamic shared memory, as bytes.
 #define DCPO_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-
-#endif  // DCPO_EMU

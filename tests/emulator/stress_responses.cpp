@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "emu/cuda.h"
+#include "cuda_runtime.h"
 #include "responses.h"
 
 using namespace dcpo;

@@ -1,5 +1,6 @@
-// Enough of CUDA to run the kernels of csrc/cuda on a CPU, for tests. Compile the .cu files as C++
-// with -DDCPO_EMU; kernels keep to what is listed here.
+// Enough of CUDA to run the kernels of csrc/cuda on a CPU, for tests. This
+// folder comes first on the include path: its cuda_runtime.h and cuda/ take the place of CUDA's and
+// of the files of csrc/cuda that speak to the hardware. Kernels keep to what is listed here.
 //
 // Each CUDA thread is a fiber with a stack of its own. A fiber runs until it waits for others (a
 // barrier, a shuffle, an mbarrier); who runs next is drawn from a seed, whole warps being held back
@@ -22,6 +23,7 @@
 #include <functional>
 #include <vector>
 
+#define __CUDA_ARCH__ 900
 #define __global__
 #define __device__
 #define __host__

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "emu/cuda.h"
+#include "cuda_runtime.h"
 
 namespace dcpo {
 

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "emu/cuda.h"
+#include "cuda_runtime.h"
 
 namespace dcpo::hopper {
 

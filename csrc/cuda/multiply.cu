@@ -15,12 +15,12 @@ constexpr int64_t kPiece = kThreads * 8;  // packs of a row that one block takes
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    scale_kernel(const View view, const Shape shape, const int64_t pieces, const float* scale) {
-  const float s = *scale;
-  if (s == 1.0f) return;
-  for (int64_t item = blockIdx.x; item < shape.rows * pieces; item += gridDim.x) {
-    T* x = row_of<T>(view, item / pieces);
-    const Span<T> span(x, shape.vocab);
+    multiply_kernel(const MultiplyArgs a, const int64_t pieces) {
+  const float factor = *a.factor;
+  if (factor == 1.0f) return;
+  for (int64_t item = blockIdx.x; item < a.rows * pieces; item += gridDim.x) {
+    T* x = row_of<T>(a.x, item / pieces);
+    const Span<T> span(x, a.vocab);
     const int64_t begin = item % pieces * kPiece;
     const int64_t end = begin + kPiece < span.packs ? begin + kPiece : span.packs;
     uint4* packs = reinterpret_cast<uint4*>(x + span.head);
@@ -28,44 +28,35 @@ __global__ void __launch_bounds__(kThreads)
       float values[kPack<T>];
       widen<T>(packs[i], values);
 #pragma unroll
-      for (int k = 0; k < kPack<T>; ++k) values[k] *= s;
+      for (int k = 0; k < kPack<T>; ++k) values[k] *= factor;
       packs[i] = narrow<T>(values);
     }
     const int64_t edge = begin == 0 ? span.edge(threadIdx.x) : -1;
-    if (edge >= 0) narrow(widen(x[edge]) * s, x[edge]);
+    if (edge >= 0) narrow(widen(x[edge]) * factor, x[edge]);
   }
 }
 
 template <class T>
-void launch(const View& view, const Shape& shape, const float* scale, int device,
-            uintptr_t stream) {
+void launch(const MultiplyArgs& args, int device, uintptr_t stream) {
   static PerDevice<int> multiprocessors;
   const int64_t most =
       8 * multiprocessors.get(device, nullptr, 0, [&] { return limits(device).multiprocessors; });
-  const int64_t pieces = (shape.vocab / kPack<T> + kPiece) / kPiece;
-  const Grid grid{std::min(shape.rows * pieces, most), kThreads, 0, 0};
-  Launcher(grid, stream).run("scale", scale_kernel<T>, view, shape, pieces, scale);
+  const int64_t pieces = (args.vocab / kPack<T> + kPiece) / kPiece;
+  const Grid grid{std::min(args.rows * pieces, most), kThreads, 0, 0};
+  Launcher(grid, stream).run("multiply", multiply_kernel<T>, args, pieces);
 }
 
 }  // namespace
 
-void cuda_scale(const Shape& shape, const View& view, const float* scale, int device,
-                uintptr_t stream) {
-  if (shape.rows == 0 || shape.vocab == 0) return;
+void cuda_multiply(const MultiplyArgs& args, int device, uintptr_t stream) {
+  if (args.rows == 0 || args.vocab == 0) return;
   DeviceGuard guard(device);
-  switch (shape.dtype) {
-    case kBFloat16:
-      return launch<BFloat16>(view, shape, scale, device, stream);
-    case kFloat16:
-      return launch<Float16>(view, shape, scale, device, stream);
-    case kFloat32:
-      return launch<float>(view, shape, scale, device, stream);
-  }
+  with_dtype(args.dtype, [&](auto t) { launch<decltype(t)>(args, device, stream); });
 }
 
 std::string why_not(int device) try {
   DeviceGuard guard(device);
-  const std::string reason = why_not(scale_kernel<float>);
+  const std::string reason = why_not(multiply_kernel<float>);
   if (reason.empty()) prepare_cluster(device);
   return reason;
 } catch (const std::runtime_error& error) {  // no driver, no such device

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "emu/cuda.h"
+#include "cuda_runtime.h"
 
 namespace dcpo {
 

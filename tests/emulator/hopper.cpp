@@ -1,5 +1,5 @@
 // The copy engine behind emu/hopper.h.
-#include "emu/hopper.h"
+#include "cuda/hopper.cuh"
 
 #include <map>
 #include <mutex>

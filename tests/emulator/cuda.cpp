@@ -1,12 +1,11 @@
 // The scheduler behind emu/cuda.h.
-#include "emu/cuda.h"
-
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
 
-#include "emu/hopper.h"
+#include "cuda/hopper.cuh"
+#include "cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>

@@ -15,9 +15,11 @@
 #include <string>
 #include <vector>
 
+#include "cpu/dispatch.h"
 #include "cuda/plan.h"
 #include "cuda/rows.h"
-#include "emu/cuda.h"
+#include "cuda_runtime.h"
+#include "row.h"
 
 using namespace dcpo;
 
@@ -32,8 +34,6 @@ T pick(const T (&choices)[n]) {
   return choices[pick(0, n - 1)];
 }
 float normal() { return std::normal_distribution<float>()(draw); }
-
-size_t size_of(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 void put(DType dtype, void* p, float x) {
   uint32_t bits;
@@ -95,7 +95,7 @@ struct Rows {
   bool gaps_kept() const {
     for (int64_t i = 0; i < elements; ++i) {
       if (i >= front && (i - front) % stride < vocab) continue;
-      for (size_t k = 0; k < size_of(dtype); ++k)
+      for (size_t k = 0; k < static_cast<size_t>(size_of(dtype)); ++k)
         if (memory[i * size_of(dtype) + k] != 0xff) return false;
     }
     return true;
@@ -133,7 +133,7 @@ void close(const char* what, const std::vector<float>& found, const std::vector<
   for (size_t i = 0; i < found.size(); ++i) close(what, i, -1, found[i], wanted[i], 2e-5f, 2e-5f);
 }
 
-const char* const kKinds[] = {"cluster", "streaming", "stats", "gradient", "scale"};
+const char* const kKinds[] = {"cluster", "streaming", "stats", "gradient", "multiply"};
 
 void run(const std::string& kind, bool small) {
   const DType dtype = static_cast<DType>(pick(0, 2));
@@ -184,7 +184,7 @@ void run(const std::string& kind, bool small) {
 
   std::vector<int64_t> targets(rows);
   std::vector<float> old(rows), advantages(rows), weights(rows), ref(rows), importance(rows);
-  std::vector<uint8_t> counts(rows);
+  std::vector<uint8_t> mask(rows);
   const int64_t k = pick(1, 40);
   std::vector<int64_t> topk_ids(rows * k);
   std::vector<float> topk(rows * k);
@@ -192,7 +192,7 @@ void run(const std::string& kind, bool small) {
     targets[i] = pick(0, 3) == 0 ? pick(0, 1) * (vocab - 1) : pick(0, vocab - 1);
     advantages[i] = pick(0, 4) == 0 ? 0.0f : normal();
     weights[i] = pick(0, 4) == 0 ? 0.0f : 0.1f + std::fabs(normal());
-    counts[i] = pick(0, 4) != 0;
+    mask[i] = pick(0, 4) != 0;
     old[i] = -std::fabs(5 * normal());
     ref[i] = old[i] + normal();
     importance[i] = std::exp(normal());
@@ -203,13 +203,26 @@ void run(const std::string& kind, bool small) {
     }
   }
 
-  const Shape shape{rows, vocab, dtype, pick(0, 1) ? 1.0f : 0.7f};
+  std::vector<float> temperatures(rows);
+  for (float& t : temperatures) t = pick(0, 1) ? 1.0f : 0.7f;
+  const bool one_temperature = pick(0, 1);
+  auto temperature_of = [&](int64_t row) { return temperatures[one_temperature ? 0 : row]; };
+  // What the rows of every kernel are given.
+  auto batch = [&](Batch& a, const View& view) {
+    a.rows = rows;
+    a.vocab = vocab;
+    a.dtype = dtype;
+    a.temperature = temperatures[0];
+    a.temperatures = one_temperature ? nullptr : temperatures.data();
+    a.logits = view;
+    a.target_ids = targets.data();
+  };
   Results found(rows), wanted(rows);
   auto compare_gradients = [&](const float* g, const float* h, const float* entropy) {
     const float rounding = dtype == kFloat32 ? 2e-5f : dtype == kFloat16 ? 2e-3f : 1.6e-2f;
     for (int64_t i = 0; i < rows; ++i) {
       float pull = (std::fabs(g[i]) + (h ? std::fabs(h[i]) * (1 + std::fabs(entropy[i])) : 0.0f)) /
-                   shape.temperature;
+                   temperature_of(i);
       if (!(pull < 1e30f)) pull = 0.0f;
       for (int64_t j = 0; j < vocab; ++j)
         close("gradient", i, j, get(dtype, found_gradient.at(i, j)),
@@ -218,14 +231,14 @@ void run(const std::string& kind, bool small) {
     if (!found_gradient.gaps_kept()) throw std::runtime_error("a gap was written to");
   };
 
-  if (kind == "scale") {
+  if (kind == "multiply") {
     const float factors[] = {1.0f, 0.5f, -3.0f};
     const float factor = pick(factors);
     Rows before(logits);
-    cuda_scale(shape, logits.view(), &factor, 0, 0);
+    cuda_multiply({rows, vocab, dtype, logits.view(), &factor}, 0, 0);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < vocab; ++j)
-        close("scaled", i, j, get(dtype, logits.at(i, j)), get(dtype, before.at(i, j)) * factor,
+        close("multiplied", i, j, get(dtype, logits.at(i, j)), get(dtype, before.at(i, j)) * factor,
               dtype == kFloat32   ? 1e-6f
               : dtype == kFloat16 ? 1e-3f
                                   : 8e-3f,
@@ -238,14 +251,14 @@ void run(const std::string& kind, bool small) {
     for (int64_t& target : targets)
       if (target < 0) target = 0;
     auto stats = [&](Results& r, View view) {
-      return StatsArgs{shape,
-                       view,
-                       targets.data(),
-                       counts.data(),
-                       r.logprobs.data(),
-                       r.entropy.data(),
-                       r.row_max.data(),
-                       r.log_sum.data()};
+      StatsArgs a{};
+      batch(a, view);
+      a.mask = mask.data();
+      a.logprobs = r.logprobs.data();
+      a.entropy = r.entropy.data();
+      a.row_max = r.row_max.data();
+      a.log_sum = r.log_sum.data();
+      return a;
     };
     const StatsArgs reference = stats(wanted, logits.view());
     for (int64_t i = 0; i < rows; ++i) kRowKernelsPortable.stats(reference, i);
@@ -255,23 +268,25 @@ void run(const std::string& kind, bool small) {
       close("entropy", found.entropy, wanted.entropy);
       // Its two parts may differ: the CPU kernels take a maximum that is near enough.
       for (int64_t i = 0; i < rows; ++i)
-        close("logsumexp", i, -1, found.row_max[i] / shape.temperature + found.log_sum[i],
-              wanted.row_max[i] / shape.temperature + wanted.log_sum[i], 2e-6f, 2e-5f);
+        close("logsumexp", i, -1, found.row_max[i] / temperature_of(i) + found.log_sum[i],
+              wanted.row_max[i] / temperature_of(i) + wanted.log_sum[i], 2e-6f, 2e-5f);
       return;
     }
     for (int64_t i = 0; i < rows; ++i)
-      if (!counts[i]) advantages[i] = importance[i] = 0.0f;
-    const bool with_h = pick(0, 1);
+      if (!mask[i]) advantages[i] = importance[i] = 0.0f;
+    const bool with_h = pick(0, 1), with_factor = pick(0, 1);
+    const float factor = 0.5f;
     auto gradient = [&](View view, View to) {
-      return GradientArgs{shape,
-                          view,
-                          to,
-                          targets.data(),
-                          wanted.row_max.data(),
-                          wanted.log_sum.data(),
-                          wanted.entropy.data(),
-                          advantages.data(),
-                          with_h ? importance.data() : nullptr};
+      GradientArgs a{};
+      batch(a, view);
+      a.gradient = to;
+      a.row_max = wanted.row_max.data();
+      a.log_sum = wanted.log_sum.data();
+      a.entropy = wanted.entropy.data();
+      a.g = advantages.data();
+      a.h = with_h ? importance.data() : nullptr;
+      a.factor = with_factor ? &factor : nullptr;
+      return a;
     };
     const GradientArgs g =
         gradient(in_place ? wanted_gradient.view() : logits.view(), wanted_gradient.view());
@@ -284,7 +299,7 @@ void run(const std::string& kind, bool small) {
   }
 
   Objective o{};
-  o.surrogate = static_cast<int>(pick(0, 4));
+  o.surrogate = static_cast<int>(pick(0, std::size(kSurrogates) - 1));
   o.eps_low = o.eps_high = 0.3f;
   o.ratio_max = 4.0f;
   o.ratio_cap = 3.0f;
@@ -294,35 +309,35 @@ void run(const std::string& kind, bool small) {
   if (o.surrogate == kReinforce) o.divergence = static_cast<int>(pick(0, cluster_kernel ? 2 : 6));
   const bool uses_topk = o.divergence == kTopkTv || o.divergence == kTopkKl;
   const bool uses_old = o.divergence == kFullTv || o.divergence == kFullKl;
-  Rows old_logits(dtype, uses_old ? rows : 1, vocab, front, gap);
+  const DType old_dtype = pick(0, 1) ? dtype : static_cast<DType>(pick(0, 2));
+  Rows old_logits(old_dtype, uses_old ? rows : 1, vocab, front, gap);
   for (int64_t i = 0; i < old_logits.rows; ++i)
     for (int64_t j = 0; j < vocab; ++j)
-      put(dtype, old_logits.at(i, j), get(dtype, logits.at(i, j)) + 0.1f * normal());
+      put(old_dtype, old_logits.at(i, j), get(dtype, logits.at(i, j)) + 0.1f * normal());
   const bool with_entropy = o.entropy_coef != 0 || pick(0, 1);
-  const bool skip = pick(0, 1), with_gradient = cluster_kernel || pick(0, 3) != 0;
+  const bool with_old = pick(0, 3) != 0, with_gradient = cluster_kernel || pick(0, 3) != 0;
   const bool with_importance = pick(0, 1);
   auto fused = [&](Results& r, const Rows& x, const Rows& dx) {
-    const View none;
-    return FusedArgs{shape,
-                     in_place ? dx.view() : x.view(),
-                     with_gradient ? dx.view() : none,
-                     targets.data(),
-                     old.data(),
-                     advantages.data(),
-                     weights.data(),
-                     ref.data(),
-                     with_importance ? importance.data() : nullptr,
-                     uses_topk ? topk_ids.data() : nullptr,
-                     uses_topk ? topk.data() : nullptr,
-                     uses_topk ? k : 0,
-                     uses_old ? old_logits.view() : none,
-                     o,
-                     skip,
-                     r.loss.data(),
-                     r.logprobs.data(),
-                     with_entropy ? r.entropy.data() : nullptr,
-                     r.ratio.data(),
-                     r.clipped.data()};
+    FusedArgs a{};
+    batch(a, in_place ? dx.view() : x.view());
+    if (with_gradient) a.gradient = dx.view();
+    a.topk_ids = uses_topk ? topk_ids.data() : nullptr;
+    a.topk_logprobs = uses_topk ? topk.data() : nullptr;
+    a.k = uses_topk ? k : 0;
+    if (uses_old) a.old_logits = old_logits.view();
+    a.old_dtype = old_dtype;
+    a.objective = o;
+    a.old_logprobs = with_old ? old.data() : nullptr;
+    a.advantages = advantages.data();
+    a.weights = weights.data();
+    a.ref_logprobs = ref.data();
+    a.importance_weights = with_importance ? importance.data() : nullptr;
+    a.token_loss = r.loss.data();
+    a.logprobs = r.logprobs.data();
+    a.entropy = with_entropy ? r.entropy.data() : nullptr;
+    a.ratio = r.ratio.data();
+    a.clipped = r.clipped.data();
+    return a;
   };
   const FusedArgs reference = fused(wanted, wanted_logits, wanted_gradient);
   for (int64_t i = 0; i < rows; ++i) kRowKernelsPortable.fused(reference, i);

@@ -1,8 +1,8 @@
 // The CUDA kernels for Python, on a CPU: what csrc/cuda/bind.cpp binds, and the settings of the
 // emulator. Built by tests/emulator.py, in no wheel.
-#include "bind_rows.h"
+#include "bind.h"
 #include "cuda/device.h"
-#include "emu/cuda.h"
+#include "cuda_runtime.h"
 
 namespace dcpo {
 
