@@ -1,7 +1,8 @@
 """`dcpo bench`: how fast our operators and their peers are on this machine, and how far from the
 limit.
 
-shapes, inputs: what is measured on. operators/, peers/: one small file each. harness: one run of
-one case. timing, memory, machine, check: what the harness asks. stats, record: numbers, and the
-JSON that keeps them. table, plots, compare, roofline, readme: what is said from that JSON alone.
+shapes, suites, inputs: what is measured on. operators/, peers/: one small file each. harness: one
+run of one case. timing, memory, machine, check: what the harness asks. stats, records: numbers, and
+the JSON that keeps them. table, plots, compare, roofline, readme: what is said from that JSON
+alone. gpu_check: everything that only a GPU can say, in one call.
 """

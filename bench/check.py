@@ -4,7 +4,7 @@ reference."""
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from dcpo_kernels.bench.calls import Call
 from dcpo_kernels.bench.inputs import Inputs
 from dcpo_kernels.bench.operators import Operator
+from dcpo_kernels.bench.records import Agreement
 
 OUR_VALUE_TOLERANCE = 2e-5  # of 1 + |value|
 VALUE_TOLERANCE = 2e-4  # PyTorch's own log_softmax is off by 6e-5 where V is 150,000
@@ -22,39 +23,9 @@ ROWS = 64  # compared at a time
 
 @dataclass(frozen=True)
 class Expected:
-    value: Tensor  # float64: a scalar, or one a token
+    value: Tensor  # float64: a scalar, or one per token
     gradient: Tensor | None = None  # float32, like the logits
     slope: Tensor | None = None  # [N] float64: |d value / d log-prob| of each row
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Largest errors; NaN disagrees."""
-
-    value_error: float
-    value_tolerance: float
-    gradient_error: float | None
-    gradient_tolerance: float | None
-
-    @property
-    def ok(self) -> bool:
-        if not self.value_error <= self.value_tolerance:
-            return False
-        return self.gradient_error is None or self.gradient_error <= self.gradient_tolerance
-
-    def asdict(self) -> dict[str, float | None]:
-        """For JSON, which has no NaN and no infinity: None."""
-        return {
-            name: x if x is not None and math.isfinite(x) else None
-            for name, x in asdict(self).items()
-        }
-
-    def __str__(self) -> str:
-        text = f"value off by {self.value_error:.1e} (allowed {self.value_tolerance:.0e})"
-        if self.gradient_error is not None:
-            text += f", gradient off by {self.gradient_error:.1e}"
-            text += f" (allowed {self.gradient_tolerance:.0e})"
-        return text
 
 
 def expected(operator: Operator, inputs: Inputs) -> Expected:
@@ -103,7 +74,7 @@ def compare(
         value = torch.where(mask, value, 0.0)
     value_error = ((value.double() - want.value).abs() / (1 + want.value.abs())).max().item()
     if want.gradient is None:
-        return Agreement(value_error, tolerance, None, None)
+        return Agreement(value_error=_finite(value_error), value_tolerance=tolerance)
     assert gradient is not None and want.slope is not None
     info = torch.finfo(gradient.dtype)
     got, rows = gradient.flatten(0, -2), want.gradient.flatten(0, -2)
@@ -118,5 +89,12 @@ def compare(
         # In a row that must be 0 everything else is infinitely wrong.
         error = torch.maximum(error, (off.clamp(min=0) / size.clamp(min=1e-300)).max())
     return Agreement(
-        value_error, tolerance, error.item(), info.eps + GRADIENT_TOLERANCE * tolerance
+        value_error=_finite(value_error),
+        value_tolerance=tolerance,
+        gradient_error=_finite(error.item()),
+        gradient_tolerance=info.eps + GRADIENT_TOLERANCE * tolerance,
     )
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None

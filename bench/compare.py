@@ -2,68 +2,66 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from dcpo_kernels.bench import stats
-from dcpo_kernels.bench.table import Row, case_of, duration, marks
+from dcpo_kernels.bench.records import Record, Row
+from dcpo_kernels.bench.screen import Screen
+from dcpo_kernels.bench.table import duration
 
 COLORS = {"FAST": "green", "SLOW": "red", "AMBIGUOUS": "yellow", "SAME": "default"}
 
 
 def verdicts(new: list[Row], old: list[Row]) -> list[tuple[Row, Row, str]]:
     """(new, old, SAME | FAST | SLOW | AMBIGUOUS) for each row that both have timed."""
-    before = {(case_of(row), row["name"]): row for row in old if "seconds" in row}
-    found = []
-    for row in new:
-        other = before.get((case_of(row), row["name"]))
-        if other is not None and "seconds" in row:
-            found.append((row, other, stats.verdict(row["seconds"], other["seconds"])))
-    return found
+    before = {(row.case, row.name): row for row in old if row.seconds}
+    pairs = [(row, before.get((row.case, row.name))) for row in new if row.seconds]
+    return [
+        (row, other, stats.verdict(row.seconds, other.seconds))
+        for row, other in pairs
+        if other is not None
+    ]
 
 
-def differences(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
+def differences(new: Record, old: Record) -> list[str]:
     """What else changed between two records, and may be what a verdict is about."""
 
-    def facts(record: dict[str, Any]) -> dict[str, Any]:
-        environment = record["environment"]
-        package, host, gpu = environment["package"], environment["host"], environment["gpu"] or {}
+    def facts(record: Record) -> dict[str, Any]:
+        environment = record.environment
+        gpu = environment.gpu or {}
         return {
-            "processor": host["processor"],
-            "threads": host["threads"],
-            "instruction set": package.get("cpu", {}).get("isa"),
-            "torch": package["versions"]["torch"],
+            "processor": environment.host.processor,
+            "threads": environment.host.threads,
+            "instruction set": environment.instruction_set,
+            "torch": environment.package["versions"]["torch"],
             "GPU": gpu.get("name"),
             "driver": gpu.get("driver"),
-            "variables": environment["variables"],
-            "cache": record["cache"],
+            "variables": environment.variables,
+            "cache": record.cache,
         }
 
     a, b = facts(old), facts(new)
     return [f"{name}: {a[name]} before, {b[name]} now" for name in a if a[name] != b[name]]
 
 
-def show(console: Console, new: dict[str, Any], old: dict[str, Any]) -> None:
-    found = verdicts(new["rows"], old["rows"])
-    table = Table(title=f"compared with {old['created']}", title_justify="left", show_edge=False)
-    for name in ("", "row", "before", "now", "now / before", ""):
-        table.add_column(name)
-    last = None
-    for row, other, verdict in found:
-        s, o = row["seconds"], other["seconds"]
-        case = case_of(row).describe()
-        table.add_row(
-            "" if case == last else case,
-            row["name"] + (" !" if marks(row) or marks(other) else ""),
-            duration(o["median"]),
-            duration(s["median"]),
-            f"{s['median'] / o['median']:.3f} "
-            f"({s['low'] / o['high']:.3f} - {s['high'] / o['low']:.3f})",
-            f"[{COLORS[verdict]}]{verdict}[/]",
-        )
-        last = case
-    console.print(table if found else "compared: no row is in both records")
+def show(screen: Screen, new: Record, old: Record) -> None:
+    found = verdicts(new.rows, old.rows)
+    screen.say(f"compared with {old.created}:" if found else "compared: no row is in both records")
+    for case, group in groupby(found, key=lambda pair: pair[0].case):
+        lines = []
+        for row, other, verdict in group:
+            ratio, low, high = stats.speedup(other.seconds, row.seconds)
+            lines.append(
+                [
+                    row.name + (" !" if row.marks or other.marks else ""),
+                    duration(other.seconds.median),
+                    duration(row.seconds.median),
+                    f"{ratio:.3f} ({low:.3f} - {high:.3f})",
+                    verdict,
+                ]
+            )
+        header = ["", "before", "now", "now / before", ""]
+        screen.table(case.describe(), header, lines, [COLORS[line[-1]] for line in lines])
     for text in differences(new, old):
-        console.print(f"  [yellow]! {text}[/]")
+        screen.say(f"  ! {text}", "yellow")

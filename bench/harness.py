@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from dcpo_kernels.bench import check, inputs, memory, stats, timing, traffic
 from dcpo_kernels.bench.calls import Call, Copy, Implementation
 from dcpo_kernels.bench.implementations import implementations
 from dcpo_kernels.bench.operators import Operator
+from dcpo_kernels.bench.records import Conditions, Row
 from dcpo_kernels.bench.shapes import Case
 
 
@@ -21,7 +22,7 @@ class Progress(Protocol):
 
 
 class Watch(AbstractContextManager[Any], Protocol):
-    def report(self) -> dict[str, Any]: ...
+    def report(self) -> Conditions: ...
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Plan:
 
 
 def run_case(
-    case: Case, operator: Operator, plan: Plan, progress: Progress, rows: list[dict[str, Any]]
+    case: Case, operator: Operator, plan: Plan, progress: Progress, rows: list[Row]
 ) -> bool:
-    """Appends the case's rows, as the record keeps them, and says whether it ran to the end: Ctrl-C
-    keeps what was measured."""
-    timed: list[tuple[dict[str, Any], timing.Timeable]] = []
+    """Appends the case's rows and says whether it ran to the end: Ctrl-C keeps what was
+    measured."""
+    timed: list[tuple[int, timing.Timeable]] = []  # index of the row, what to time
     gc.collect()  # what an earlier case left behind; none runs while something is measured
     try:
         progress.stage("inputs")
@@ -50,27 +51,26 @@ def run_case(
         want = check.expected(operator, data)
         for one in implementations(operator, data, plan.backends, plan.peers):
             progress.stage(one.name)
-            row: dict[str, Any] = {
+            row = Row(
                 **asdict(case),
-                "name": one.name,
-                "kind": one.kind,
-                "version": one.version,
-                "note": one.note,
-                "status": "interrupted",
-                "minimum_bytes": operator.minimum_bytes(data),
-            }
+                name=one.name,
+                kind=one.kind,
+                version=one.version,
+                note=one.note,
+                status="interrupted" if one.make else "missing",
+                minimum_bytes=operator.minimum_bytes(data),
+                traffic_bytes=one.traffic,
+            )
             rows.append(row)
-            if one.traffic is not None:
-                row["traffic_bytes"] = one.traffic
             if one.make is None:
-                row["status"] = "missing"
                 continue
             try:
-                call = _admit(one, row, operator, data, want, plan.traffic)
+                rows[-1], call = _admit(one, row, operator, data, want, plan.traffic)
                 if call is not None:
-                    timed.append((row, plan.clock.prepare(call)))
+                    timed.append((len(rows) - 1, plan.clock.prepare(call)))
             except Exception as error:  # somebody else's code: the others are still worth timing
-                row.update(status="wrong", note=f"{type(error).__name__}: {error}"[:300])
+                note = f"{type(error).__name__}: {error}"[:300]
+                rows[-1] = replace(rows[-1], status="wrong", note=note)
         del want
         progress.stage("timing")
         with plan.watch() as watch:
@@ -79,48 +79,52 @@ def run_case(
             )
     except KeyboardInterrupt:
         return False
-    report = watch.report()
-    for (row, call), times in zip(timed, samples, strict=True):
+    for (at, call), times in zip(timed, samples, strict=True):
         if times:
-            row.update(status="ok", samples=times, seconds=stats.summarize(times), machine=report)
-            row["note"] = "; ".join(filter(None, (row["note"], getattr(call, "reason", ""))))
+            rows[at] = replace(
+                rows[at],
+                status="ok",
+                samples=times,
+                seconds=stats.summarize(times),
+                machine=watch.report(),
+                note="; ".join(filter(None, (rows[at].note, getattr(call, "reason", "")))),
+            )
     return finished
 
 
 def _admit(
     one: Implementation,
-    row: dict[str, Any],
+    row: Row,
     operator: Operator,
     data: inputs.Inputs,
     want: check.Expected,
     count_traffic: bool,
-) -> Call | Copy | None:
-    """Fills in what is known before timing, and returns what may be timed."""
+) -> tuple[Row, Call | Copy | None]:
+    """The row with what is known before timing, and what may be timed."""
     assert one.make is not None
     call = one.make()
     call.restore()
     if isinstance(call, Copy):
-        row["minimum_bytes"] = call.nbytes
+        row = replace(row, minimum_bytes=call.nbytes)
     else:
         # A peer with a layout of its own has a problem of its own.
         if call.inputs is not data:
             want = check.expected(operator, call.inputs)
-            row["minimum_bytes"] = operator.minimum_bytes(call.inputs)
+            row = replace(row, minimum_bytes=operator.minimum_bytes(call.inputs))
         counting = traffic.of(one.name) if count_traffic else nullcontext()
         with counting as counted:
             value, gradient = call()
         if counted is not None:
-            row["traffic_bytes"] = counted.bytes
+            row = replace(row, traffic_bytes=counted.bytes)
         tolerance = check.OUR_VALUE_TOLERANCE if one.kind == "ours" else check.VALUE_TOLERANCE
         agreement = check.compare(value, gradient, want, call.inputs.mask, tolerance)
-        row["agreement"] = agreement.asdict()
+        row = replace(row, agreement=agreement)
         if not agreement.ok:
-            row.update(status="wrong", note=str(agreement))
-            return None
+            return replace(row, status="wrong", note=str(agreement)), None
         del value, gradient
         call.restore()
-    row["extra_bytes"] = memory.peak_extra_bytes(call, data.case.device)
+    row = replace(row, extra_bytes=memory.peak_extra_bytes(call, data.case.device))
     if data.case.device == "cpu":
         call.restore()
-        row["extra_resident_bytes"] = memory.peak_extra_resident_bytes(call)
-    return call
+        row = replace(row, extra_resident_bytes=memory.peak_extra_resident_bytes(call))
+    return row, call

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from dcpo_kernels import backends
 from dcpo_kernels.bench import peers
@@ -14,6 +17,12 @@ from dcpo_kernels.bench.inputs import Inputs
 from dcpo_kernels.bench.operators import Operator
 
 BACKENDS = ("cpu", "cuda", "triton", "reference", "compile", "eager")
+# `fused` launched otherwise than by the backend's table: (backend, its variable, value).
+VARIANTS = {
+    "cuda-streaming": ("cuda", "cluster", 0),
+    **{f"cuda-cluster-{n}": ("cuda", "cluster", n) for n in (1, 2, 4, 8)},
+    **{f"triton-{n}-threads": ("triton", "program_threads", n) for n in (128, 256, 512)},
+}
 
 
 def implementations(
@@ -27,6 +36,8 @@ def implementations(
         elif name == "eager":
             make = partial(_plain, operator, inputs, compiled=False)
             rows.append(Implementation("eager", "plain", make))
+        elif name in VARIANTS:
+            rows += _variant(operator, inputs, name)
         else:
             rows += _ours(operator, inputs, name)
     rows += [peers.implementation(peers.PEERS[name], operator, inputs) for name in peer_names]
@@ -56,6 +67,24 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
     if operator.backward and kernels:
         rows.insert(0, row(f"{backend}, in place", True))
     return rows
+
+
+def _variant(operator: Operator, inputs: Inputs, name: str) -> list[Implementation]:
+    if operator.name != "fused":
+        return []
+    backend, variable, value = VARIANTS[name]
+    plain = _ours(operator, inputs, backend)[0]
+    if plain.make is None:
+        return [replace(plain, name=name)]
+    function = operator.ours(inputs, backend, True)
+
+    def run(logits: Tensor) -> Tensor:
+        with patch(f"dcpo_kernels.backends.{backend}.{variable}", value):
+            return function(logits)
+
+    note = "streaming where a row does not fit" if variable == "cluster" and value else ""
+    make = partial(Call, operator, inputs, run, overwrites=True)
+    return [replace(plain, name=f"{name}, in place", make=make, note=note)]
 
 
 def _plain(operator: Operator, inputs: Inputs, compiled: bool) -> Call:

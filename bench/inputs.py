@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_kernels.backends import reference
+import dcpo_kernels as dk
 from dcpo_kernels.bench.shapes import DTYPES, OBJECTIVES, Case
-from dcpo_kernels.objectives import Objective
 
 NOISE = 2.5  # standard deviation of all other logits
 CANDIDATES = 16  # tokens that share most of a row's probability
@@ -40,7 +39,7 @@ class Inputs:
     extra: dict[str, Tensor] = field(default_factory=dict)  # topk_ids, ..: where they are needed
 
     @property
-    def objective(self) -> Objective:
+    def objective(self) -> dk.Objective:
         return OBJECTIVES[self.case.objective]()
 
     def loss_arguments(self) -> dict[str, Any]:
@@ -79,37 +78,33 @@ class Inputs:
     def chunks(self) -> Iterator[tuple[slice, Inputs]]:
         """Whole responses, in float64, a few at a time. The slice is of the first dimension of what
         is per token."""
-        row_bytes = 8 * self.case.vocab
-        if self.mask is None:
-            sizes, step = self.lengths.tolist(), 1
-        else:
-            sizes, step = [1] * len(self.mask), self.mask.shape[1]
+        padded = self.mask is not None
+        tokens = self.mask.shape[1] if padded else 1  # of an entry of that dimension
+        sizes = [1] * len(self.mask) if padded else self.lengths.tolist()
+        most = CHUNK_BYTES // (8 * self.case.vocab * tokens)
         first = begin = 0
         while first < len(sizes):
             last, end = first + 1, begin + sizes[first]
-            while (
-                last < len(sizes) and (end + sizes[last] - begin) * step * row_bytes <= CHUNK_BYTES
-            ):
+            while last < len(sizes) and end + sizes[last] - begin <= most:
                 end, last = end + sizes[last], last + 1
-            at = slice(begin, end)
-            extra = {name: x[at] for name, x in self.extra.items()}
-            if "old_logits" in extra:
-                extra["old_logits"] = extra["old_logits"].double()
-            yield (
-                at,
-                replace(
-                    self,
-                    logits=self.logits[at].double(),
-                    target_ids=self.target_ids[at],
-                    old_logprobs=self.old_logprobs[at],
-                    advantages=self.advantages[first:last],
-                    upstream=self.upstream[at].double(),
-                    lengths=None if self.lengths is None else self.lengths[first:last],
-                    mask=None if self.mask is None else self.mask[at],
-                    extra=extra,
-                ),
-            )
+            yield slice(begin, end), self._part(slice(begin, end), slice(first, last))
             first, begin = last, end
+
+    def _part(self, at: slice, responses: slice) -> Inputs:
+        extra = {name: x[at] for name, x in self.extra.items()}
+        if "old_logits" in extra:
+            extra["old_logits"] = extra["old_logits"].double()
+        return replace(
+            self,
+            logits=self.logits[at].double(),
+            target_ids=self.target_ids[at],
+            old_logprobs=self.old_logprobs[at],
+            advantages=self.advantages[responses],
+            upstream=self.upstream[at].double(),
+            lengths=None if self.lengths is None else self.lengths[responses],
+            mask=None if self.mask is None else self.mask[at],
+            extra=extra,
+        )
 
 
 def response_count(tokens: int) -> int:
@@ -159,7 +154,8 @@ def make(case: Case, seed: int = 0) -> Inputs:
     for begin in range(0, tokens, step):
         at = slice(begin, min(begin + step, tokens))
         logits[at], target_ids[at] = _peaked_rows(at.stop - begin, case, generator)
-        logprobs[at] = reference.row_stats(logits[at], target_ids[at]).logprobs
+        with torch.no_grad():
+            logprobs[at] = dk.selected_logprobs(logits[at], target_ids[at], backend="reference")[0]
 
     def normal() -> Tensor:
         return torch.randn(tokens, generator=scalars).to(device)

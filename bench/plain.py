@@ -10,7 +10,7 @@ import dcpo_kernels as dk
 from dcpo_kernels.backends import reference
 from dcpo_kernels.bench.inputs import Inputs
 from dcpo_kernels.bench.operators import Function
-from dcpo_kernels.objectives import decide
+from dcpo_kernels.decide import decide
 
 
 def logprobs(inputs: Inputs) -> Function:
@@ -26,6 +26,7 @@ def logprobs(inputs: Inputs) -> Function:
 def policy_loss(inputs: Inputs, logprobs_of: Function) -> Function:
     """The loss on top of somebody's log-probs; everything but these is [N]."""
     objective, responses = inputs.objective, len(inputs.advantages)
+    numbers, kind = objective.numbers, objective.numbers.divergence
     counted = inputs.lengths if inputs.mask is None else inputs.mask
     weights = dk.token_weights(counted, objective.aggregation, **inputs.totals).flatten()
     A, old = inputs.token_advantages().flatten(), inputs.old_logprobs.flatten()
@@ -35,15 +36,18 @@ def policy_loss(inputs: Inputs, logprobs_of: Function) -> Function:
 
     def run(logits: Tensor) -> Tensor:
         logp = logprobs_of(logits).flatten()
-        log_ratio = divergence = None
+        entropy = log_ratio = divergence = None
         if objective.ratio_level == "sequence":
             moved = torch.where(counts, logp - old, 0.0)
             log_ratio = (moved.new_zeros(responses).index_add(0, index, moved) / lengths)[index]
         if extra:
             rows = logits.flatten(0, -2)
-            divergence = reference.divergence(objective, rows, ids, old, **extra)
+            divergence = reference.divergence(kind, rows, ids, old, **extra)
+        if objective.entropy_coef:
+            log_p = torch.log_softmax(logits.flatten(0, -2).float(), -1)
+            entropy = -(log_p.exp() * log_p).sum(-1)
         token_loss = decide(
-            objective, logp, old, A, log_ratio=log_ratio, divergence=divergence
+            numbers, logp, old, A, entropy=entropy, log_ratio=log_ratio, divergence=divergence
         ).loss
         return torch.dot(weights, torch.where(counts, token_loss, 0.0))
 

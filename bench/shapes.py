@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -17,26 +18,34 @@ MODELS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Every preset of the package, with its own defaults, and the divergences that need more inputs.
+# Every preset of the package, with its own defaults, and what needs more of a row or more inputs.
 OBJECTIVES = {
     name: getattr(dk, name)
     for name in dk.__all__
     if getattr(getattr(dk, name), "__annotations__", {}).get("return") == "Objective"
-} | {"dppo-topk": lambda: dk.dppo("topk_tv"), "dppo-full": lambda: dk.dppo("tv")}
+} | {
+    "dcpo-entropy": lambda: dk.dcpo(entropy_coef=0.001),
+    "dppo-topk": lambda: dk.dppo("topk_tv"),
+    "dppo-full": lambda: dk.dppo("tv"),
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
-    """A group of rows in the table: they share their inputs and are timed interleaved."""
+    """A group of rows in the table: they share their inputs and are timed in turns."""
 
     operator: str
     objective: str  # "" for an operator that takes none
     tokens: int
     vocab: int
-    dtype: str
-    device: str  # "cpu" or "cuda"
+    dtype: Literal["bf16", "fp16", "fp32"]
+    device: Literal["cpu", "cuda"]
     zero_advantage: float = 0.0  # share of the tokens whose response has advantage 0
     masked: float = 0.0  # share of the tokens that don't count
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens, self.vocab
 
     def describe(self) -> str:
         parts = [

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+
+from dcpo_kernels.bench.records import Times
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -22,34 +24,40 @@ def bootstrap_median(samples: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def summarize(samples: Sequence[float]) -> dict[str, Any]:
+def summarize(samples: Sequence[float]) -> Times:
     x = np.asarray(samples, dtype=np.float64)
     low, high = bootstrap_median(samples)
-    return {
-        "median": float(np.median(x)),
-        "min": float(x.min()),
-        "p20": float(np.quantile(x, 0.2)),
-        "p80": float(np.quantile(x, 0.8)),
-        "low": low,
-        "high": high,
-        "samples": len(x),
-    }
+    return Times(
+        median=float(np.median(x)),
+        min=float(x.min()),
+        p20=float(np.quantile(x, 0.2)),
+        p80=float(np.quantile(x, 0.8)),
+        low=low,
+        high=high,
+        samples=len(x),
+    )
 
 
-def speedup(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """How many times faster `row` is than `base`; ambiguous where their intervals overlap."""
-    return {
-        "ratio": base["median"] / row["median"],
-        "low": base["low"] / row["high"],
-        "high": base["high"] / row["low"],
-        "ambiguous": row["low"] <= base["high"] and base["low"] <= row["high"],
-    }
+class Speedup(NamedTuple):
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def ambiguous(self) -> bool:
+        """The intervals of the two medians overlap."""
+        return self.low <= 1 <= self.high
 
 
-def verdict(new: dict[str, Any], old: dict[str, Any]) -> str:
+def speedup(row: Times, base: Times) -> Speedup:
+    """How many times faster `row` is than `base`."""
+    return Speedup(base.median / row.median, base.low / row.high, base.high / row.low)
+
+
+def verdict(new: Times, old: Times) -> str:
     """Of the ratio of two medians, by the interval in which it lies: SAME within BAND of 1, else
     FAST or SLOW if it leaves 1 out, else AMBIGUOUS: too much noise to tell."""
-    low, high = new["low"] / old["high"], new["high"] / old["low"]
+    _, low, high = speedup(old, new)
     if low > 1 / (1 + BAND) and high < 1 + BAND:
         return "SAME"
     if high < 1:

@@ -1,83 +1,77 @@
-"""The table on the screen, from the record alone."""
+"""The table on the screen, from the record alone, and the cells that the README's tables share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from dcpo_kernels.bench import stats
+from dcpo_kernels.bench.records import Row, Times
+from dcpo_kernels.bench.screen import Screen
 from dcpo_kernels.bench.shapes import Case
 
-Row = dict[str, Any]
 WIDE = 130  # columns of a screen that has room for everything
-
-
-def case_of(row: Row) -> Case:
-    return Case(**{field: row[field] for field in Case.__dataclass_fields__})
+HEADER = ["median", "95 % of it", "min", "p20 - p80", "GB/s", "of copy"]
 
 
 def cases_of(rows: list[Row]) -> list[tuple[Case, list[Row]]]:
     """Rows by the case they were measured in, in order."""
-    return [(case, list(group)) for case, group in groupby(rows, key=case_of)]
+    return [(case, list(group)) for case, group in groupby(rows, key=lambda row: row.case)]
 
 
 def named(rows: list[Row], name: str) -> Row | None:
     """The row of that name, if it was timed."""
-    return next((row for row in rows if row["name"] == name and "seconds" in row), None)
+    return next((row for row in rows if row.name == name and row.seconds), None)
 
 
 def rate(row: Row) -> float:
-    """Bytes a second, by the least that the operator has to move."""
-    return row["minimum_bytes"] / row["seconds"]["median"]
+    """Bytes per second, by the least that the operator has to move."""
+    return row.minimum_bytes / row.seconds.median
 
 
-def show(console: Console, rows: list[Row], baseline: str) -> None:
+def cells(row: Row, copy: Row | None) -> list[str]:
+    """Of a timed row, under HEADER."""
+    s = row.seconds
+    return [
+        duration(s.median),
+        f"{duration(s.low)} - {duration(s.high)}",
+        duration(s.min),
+        f"{duration(s.p20)} - {duration(s.p80)}",
+        f"{rate(row) / 1e9:.1f}",
+        f"{rate(row) / rate(copy):.0%}" if copy else "",
+    ]
+
+
+def marks_of(rows: Iterable[Row]) -> list[str]:
+    found = {mark for row in rows for mark in row.marks}
+    return [f"While this was measured, {mark}." for mark in sorted(found)]
+
+
+def show(screen: Screen, rows: list[Row], baseline: str) -> None:
     for case, group in cases_of(rows):
-        console.print(_table(case, group, baseline, wide=console.width >= WIDE))
-        for row in group:
-            if "seconds" not in row:
-                console.print(f"  [dim]{row['name']}: {row['status']}: {escape(row['note'])}[/]")
-            elif row["note"]:
-                console.print(f"  [dim]{row['name']}: {escape(row['note'])}[/]")
-        for mark in sorted({mark for row in group for mark in marks(row)}):
-            console.print(f"  [yellow]! while this was measured, {escape(mark)}[/]")
-        console.print()
-
-
-def marks(row: Row) -> list[str]:
-    """Why the row's numbers may be worse than the machine can do."""
-    return row.get("machine", {}).get("marks", [])
-
-
-def _table(case: Case, rows: list[Row], baseline: str, wide: bool) -> Table:
-    table = Table(title=case.describe(), title_justify="left", title_style="bold", show_edge=False)
-    table.add_column("", no_wrap=True)
-    names = ["median", "95 % of it", "min", "p20", "p80"] if wide else ["median"]
-    for name in (*names, "GB/s", "of copy", "extra memory", f"x {baseline}"):
-        table.add_column(name, justify="right", no_wrap=True)
-    copy, base = named(rows, "copy"), named(rows, baseline)
-    for row in rows:
-        if "seconds" not in row:
-            continue
-        s = row["seconds"]
-        spread = [
-            f"{duration(s['low'])} - {duration(s['high'])}",
-            *(duration(s[key]) for key in ("min", "p20", "p80")),
+        timed = [row for row in group if row.seconds]
+        copy, base = named(group, "copy"), named(group, baseline)
+        lines = [
+            [
+                f"{row.name} {row.version}".strip() + (" !" if row.marks else ""),
+                *cells(row, copy),
+                size(row.extra_bytes or 0),
+                faster(row.seconds, base.seconds) if base else "",
+            ]
+            for row in timed
         ]
-        table.add_row(
-            f"{row['name']} {row['version']}".strip() + (" !" if marks(row) else ""),
-            duration(s["median"]),
-            *(spread if wide else []),
-            f"{rate(row) / 1e9:.1f}",
-            f"{rate(row) / rate(copy):.0%}" if copy else "",
-            size(row["extra_bytes"]),
-            faster(s, base["seconds"]) if base else "",
-        )
-    return table
+        lines.insert(0, ["", *HEADER, "extra memory", f"x {baseline}"])
+        if screen.width < WIDE:
+            lines = [[*line[:2], *line[5:]] for line in lines]
+        screen.table(case.describe(), lines[0], lines[1:])
+        for row in group:
+            if not row.seconds:
+                screen.say(f"  {row.name}: {row.status}: {row.note}", "dim")
+            elif row.note:
+                screen.say(f"  {row.name}: {row.note}", "dim")
+        for text in marks_of(group):
+            screen.say(f"  ! {text}", "yellow")
+        screen.say("")
 
 
 def duration(seconds: float) -> str:
@@ -94,11 +88,9 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def faster(row: dict[str, Any], base: dict[str, Any]) -> str:
+def faster(row: Times, base: Times) -> str:
     """How many times faster, with the interval that makes it believable."""
     if row == base:
         return "1"
     s = stats.speedup(row, base)
-    if s["ambiguous"]:
-        return "AMBIGUOUS"
-    return f"{s['ratio']:.3g} ({s['low']:.3g} - {s['high']:.3g})"
+    return "AMBIGUOUS" if s.ambiguous else f"{s.ratio:.3g} ({s.low:.3g} - {s.high:.3g})"

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from dcpo_kernels.bench.records import Conditions
+
 PERIOD_SECONDS = 0.05
 MAX_OTHERS = 0.1  # of the cores
 MIN_CLOCK = 0.9  # of the run's median
@@ -47,14 +49,14 @@ class CpuWatch:
         own = os.times()
         return time.perf_counter(), own.user + own.system, busy, steal
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Conditions:
         wall, own, busy, steal = (b - a for a, b in zip(self.begin, self.end, strict=True))
         cores = (os.cpu_count() or 1) * max(wall, 1e-9)
         others = max(0.0, busy - own) / cores
         marks = [f"others used {others:.0%} of the cores"] if others > MAX_OTHERS else []
         if steal / cores > MAX_OTHERS:
             marks.append(f"the hypervisor took {steal / cores:.0%}")
-        return {"others": others, "stolen": steal / cores, "marks": marks}
+        return Conditions(others=others, stolen=steal / cores, marks=marks)
 
 
 class GpuWatch:
@@ -76,7 +78,7 @@ class GpuWatch:
         while not self._stop.wait(PERIOD_SECONDS):
             self.samples.append(gpu_now(self.nvml, self.handle))
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Conditions:
         marks, middle = [], {}
         if self.samples:
             for bit, text in REASONS.items():
@@ -90,7 +92,7 @@ class GpuWatch:
             slow = [s for s in self.samples if s["sm_mhz"] < MIN_CLOCK * middle["sm_mhz"]]
             if slow:
                 marks.append(f"clock below 90 % of its median {len(slow)} times")
-        return {**middle, "marks": marks}
+        return Conditions(**middle, marks=marks)
 
 
 def gpu_now(nvml: Any, handle: Any) -> dict[str, float]:

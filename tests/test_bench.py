@@ -17,13 +17,14 @@ from dcpo_kernels.bench import (
     implementations,
     inputs,
     peers,
-    record,
+    records,
     timing,
     watch,
 )
 from dcpo_kernels.bench.calls import Call
 from dcpo_kernels.bench.operators import operators
-from dcpo_kernels.bench.shapes import OBJECTIVES, Case
+from dcpo_kernels.bench.shapes import OBJECTIVES
+from dcpo_kernels.bench.suites import loss
 
 __all__ = ["quick"]
 
@@ -164,12 +165,12 @@ def test_wrong_kernel_is_not_timed_and_fails_the_run(monkeypatch, tmp_path, caps
     path = tmp_path / "run.json"
     arguments = ("--tokens", "16", "--vocab", "503", "--backend", "cpu,eager", "--json", str(path))
     assert bench(*arguments) == 1
-    rows = {row["name"]: row for row in record.load(path)["rows"]}
-    assert rows["cpu"]["status"] == "wrong"
-    assert 0.04 < rows["cpu"]["agreement"]["gradient_error"] < 0.06
-    assert "gradient off by" in rows["cpu"]["note"]
-    assert "samples" not in rows["cpu"]
-    assert rows["eager"]["status"] == "ok"
+    rows = {row.name: row for row in records.load(path).rows}
+    assert rows["cpu"].status == "wrong"
+    assert 0.04 < rows["cpu"].agreement.gradient_error < 0.06
+    assert "gradient off by" in rows["cpu"].note
+    assert rows["cpu"].samples is None
+    assert rows["eager"].status == "ok"
     assert "WRONG: cpu of fused" in capsys.readouterr().out
 
 
@@ -197,48 +198,46 @@ def test_peer_without_the_feature_is_a_row(monkeypatch):
     assert (row.make, row.note) == (None, "does not run on cpu")
 
 
+@pytest.fixture
+def bench_peer(monkeypatch, tmp_path):
+    """Rows of a small run in which somebody's log-probs are the only peer."""
+
+    def run(change, *operators: str) -> list[records.Row]:
+        def call(operator, data):
+            function = implementations.peers.plain.logprobs(data)
+            return peers.from_logprobs(operator, data, lambda logits: change(function(logits)))
+
+        other = {"other": peers.Peer("other", "torch", ("cpu",), peers.lacks_nothing, call)}
+        monkeypatch.setattr(peers, "PEERS", other)
+        monkeypatch.setattr(cli, "PEERS", other)
+        path = tmp_path / "run.json"
+        sizes = ("--tokens", "16", "--vocab", "503", "--backend", "eager", "--peers", "other")
+        assert bench(*operators, *sizes, "--json", str(path)) == 0
+        return records.load(path).rows
+
+    return run
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.01], ids=["right", "wrong"])
-def test_peer_must_agree(monkeypatch, tmp_path, factor):
+def test_peer_must_agree(bench_peer, factor):
     """A peer that is wrong is a row that says by how much, and no reason for us to fail."""
-
-    def call(operator, data):
-        function = implementations.peers.plain.logprobs(data)
-        return peers.from_logprobs(operator, data, lambda logits: factor * function(logits))
-
-    peer = peers.Peer("other", "torch", ("cpu",), peers.lacks_nothing, call)
-    monkeypatch.setattr(peers, "PEERS", {"other": peer})
-    monkeypatch.setattr(cli, "PEERS", {"other": peer})
-    path = tmp_path / "run.json"
-    status = bench(
-        *("fused", "two_pass", "read", "--tokens", "16", "--vocab", "503"),
-        *("--backend", "eager", "--peers", "other", "--json", str(path)),
-    )
-    assert status == 0
-    rows = [row for row in record.load(path)["rows"] if row["name"] == "other"]
+    found = bench_peer(lambda logprobs: factor * logprobs, "fused", "two_pass", "read")
+    rows = [row for row in found if row.name == "other"]
     assert len(rows) == 3
     for row in rows:
-        assert row["status"] == ("ok" if factor == 1.0 else "wrong"), row
-        assert row["version"] == torch.__version__.split("+")[0] or row["version"]
-        assert ("value off by" in row["note"]) == (factor != 1.0)
+        assert row.status == ("ok" if factor == 1.0 else "wrong"), row
+        assert row.version == torch.__version__.split("+")[0] or row.version
+        assert ("value off by" in row.note) == (factor != 1.0)
 
 
-def test_peer_that_raises_is_a_row(monkeypatch, tmp_path):
-    def call(operator, data):
-        def run(logits):
-            raise RuntimeError("out of luck")
+def test_peer_that_raises_is_a_row(bench_peer):
+    def fail(logprobs):
+        raise RuntimeError("out of luck")
 
-        return peers.from_logprobs(operator, data, run)
-
-    peer = peers.Peer("other", "torch", ("cpu",), peers.lacks_nothing, call)
-    monkeypatch.setattr(peers, "PEERS", {"other": peer})
-    monkeypatch.setattr(cli, "PEERS", {"other": peer})
-    path = tmp_path / "run.json"
-    arguments = ("--tokens", "16", "--vocab", "503", "--backend", "eager", "--peers", "other")
-    assert bench(*arguments, "--json", str(path)) == 0
-    rows = {row["name"]: row for row in record.load(path)["rows"]}
-    assert rows["other"]["status"] == "wrong"
-    assert rows["other"]["note"] == "RuntimeError: out of luck"
-    assert rows["eager"]["status"] == "ok"
+    rows = {row.name: row for row in bench_peer(fail)}
+    assert rows["other"].status == "wrong"
+    assert rows["other"].note == "RuntimeError: out of luck"
+    assert rows["eager"].status == "ok"
 
 
 @pytest.mark.parametrize("masked", [0.0, 0.25])
@@ -251,7 +250,8 @@ def test_adapter_agrees(name, masked):
     compared = 0
     for operator in operators().values():
         for objective in ("dcpo", "grpo", "dapo", "gspo") if operator.takes_objective else ("",):
-            case = Case(operator.name, objective, 24, 1003, "fp32", device, masked=masked)
+            what = {"operator": operator.name, "objective": objective, "dtype": "fp32"}
+            case = loss(*CASE.shape, device, masked=masked, **what)
             row = peers.implementation(peer, operator, inputs.make(case))
             if row.make is None:
                 skipped = row.note
@@ -275,7 +275,7 @@ def test_interrupted_run_keeps_what_was_measured(monkeypatch, tmp_path):
 
     def interrupted(call):
         taken.append(call)
-        if len(taken) == 40:  # somewhere in the second case
+        if len(taken) == 18:  # somewhere in the second case
             raise KeyboardInterrupt
         return sample(call)
 
@@ -284,11 +284,11 @@ def test_interrupted_run_keeps_what_was_measured(monkeypatch, tmp_path):
     path = tmp_path / "run.json"
     status = bench("--tokens", "8,16,24", "--vocab", "503", "--backend", OURS, "--json", str(path))
     assert status == 130
-    kept = record.load(path)
-    assert not kept["complete"]
-    assert {row["tokens"] for row in kept["rows"]} >= {8}
-    done = [row for row in kept["rows"] if row["tokens"] == 8 and row["kind"] == "ours"]
-    assert all(row["status"] == "ok" for row in done)
+    kept = records.load(path)
+    assert not kept.complete
+    assert {row.tokens for row in kept.rows} >= {8}
+    done = [row for row in kept.rows if row.tokens == 8 and row.kind == "ours"]
+    assert all(row.status == "ok" for row in done)
 
 
 def test_interruption_while_preparing(monkeypatch):
@@ -296,11 +296,11 @@ def test_interruption_while_preparing(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(harness.memory, "peak_extra_bytes", interrupted)
-    rows: list[dict] = []
+    rows: list[records.Row] = []
     plan = harness.Plan([OURS], [], 0.0, timing.CpuClock(0), watch.CpuWatch)
     bar = SimpleNamespace(stage=lambda text: None, rounds=lambda rounds, share: None)
     assert not harness.run_case(CASE, operators()["fused"], plan, bar, rows)
-    assert [row["status"] for row in rows] == ["interrupted"]
+    assert [row.status for row in rows] == ["interrupted"]
 
 
 @pytest.mark.parametrize(

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from bench_runs import OURS, bench, make_quick, quick
-from rich.console import Console
 
 from dcpo_kernels.bench import (
     compare,
     machine,
     plots,
     readme,
-    record,
+    records,
     roofline,
     stats,
     table,
     timing,
 )
-from dcpo_kernels.bench.shapes import Case
+from dcpo_kernels.bench.screen import Screen
+from dcpo_kernels.bench.suites import SHAPES, SUITES, loss
 
 __all__ = ["quick"]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> dict:
+def measured(tmp_path_factory) -> records.Record:
     """A small run of every operator, as a record."""
     path = tmp_path_factory.mktemp("bench") / "run.json"
     with pytest.MonkeyPatch.context() as patch:
@@ -37,76 +37,85 @@ def measured(tmp_path_factory) -> dict:
             *("--backend", f"{OURS},triton,eager", "--json", str(path)),
         )
     assert status == 0
-    return record.load(path)
+    return records.load(path)
 
 
 # ---- the record, and what is made of it ----------------------------------------------------------
 
 
 def test_record_is_complete(measured):
-    assert measured["complete"]
-    assert measured["command"].startswith("dcpo")
-    rows = measured["rows"]
-    assert {row["operator"] for row in rows} == {"fused", "two_pass", "read"}
-    triton = [row for row in rows if row["name"] == "triton"]
-    assert all(row["note"] for row in triton)
+    assert measured.complete
+    assert measured.command.startswith("dcpo")
+    rows = measured.rows
+    assert {row.operator for row in rows} == {"fused", "two_pass", "read"}
+    triton = [row for row in rows if row.name == "triton"]
+    assert all(row.note for row in triton)
     for row in rows:
-        if row["status"] != "ok":
-            assert row["note"]
+        if row.status != "ok":
+            assert row.note
             continue
-        assert len(row["samples"]) == row["seconds"]["samples"] >= timing.MIN_ROUNDS
-        assert row["seconds"] == stats.summarize(row["samples"])
-        assert ("agreement" in row) == (row["kind"] != "copy")
+        assert len(row.samples) == row.seconds.samples >= timing.MIN_ROUNDS
+        assert row.seconds == stats.summarize(row.samples)
+        assert (row.agreement is not None) == (row.kind != "copy")
 
 
 def test_in_place_takes_next_to_nothing(measured):
-    rows = [row for row in measured["rows"] if row["name"] == "cpu, in place"]
+    rows = [row for row in measured.rows if row.name == "cpu, in place"]
     for row in rows:
-        if row["operator"] == "fused":
-            assert row["extra_bytes"] < 16 * 1024  # per token, whatever the vocabulary
+        if row.operator == "fused":
+            assert row.extra_bytes < 16 * 1024  # per token, whatever the vocabulary
     if OURS == "cpu":
         assert rows
-
-
-def test_schema_is_a_json_schema(measured):
-    """Also for the world's validator, where it is installed."""
-    assert record.mismatch(measured, record.SCHEMA) == ""
-    jsonschema = pytest.importorskip("jsonschema", reason="our own validator has passed")
-    jsonschema.validate(measured, record.SCHEMA)
 
 
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
-        (lambda r: r.pop("rows"), "record.rows is missing"),
-        (lambda r: r.update(schema=2), "record.schema must be one of"),
-        (lambda r: r.update(cache=1), "record.cache must be string"),
-        (lambda r: r.update(complete=1), "record.complete must be boolean"),
-        (lambda r: r.update(more=1), "record.more is not known"),
-        (lambda r: r["rows"][0].update(tokens=0), r"record.rows\[0\].tokens must be at least 1"),
-        (lambda r: r["rows"][0].update(tokens=1.5), r"record.rows\[0\].tokens must be integer"),
-        (lambda r: r["rows"][1].update(status="?"), r"record.rows\[1\].status must be one of"),
-        (lambda r: r["rows"][0]["seconds"].pop("low"), r"rows\[0\].seconds.low is missing"),
+        (lambda r: r.pop("rows"), "record.rows: Field required"),
+        (lambda r: r.update(schema=2), "record.schema: Input should be 1"),
+        (lambda r: r.update(cache=1), "record.cache: Input should be a valid string"),
+        (lambda r: r.update(complete=1), "record.complete: Input should be a valid boolean"),
+        (lambda r: r.update(more=1), "record.more: Unexpected"),
+        (
+            lambda r: r["rows"][0].update(tokens=0),
+            r"rows\[0\]: .* tokens must be at least 1",
+        ),
+        (lambda r: r["rows"][0].update(tokens=1.5), r"record.rows\[0\].tokens: .* valid integer"),
+        (lambda r: r["rows"][1].update(status="?"), r"record.rows\[1\].status: .* 'ok'"),
+        (lambda r: r["rows"][0]["seconds"].pop("low"), r"rows\[0\].seconds.low: Field required"),
     ],
 )
 def test_bad_record_is_named_by_field(measured, tmp_path, spoil, problem):
-    bad = copy.deepcopy(measured)
-    spoil(bad)
     path = tmp_path / "bad.json"
+    records.save(measured, path)
+    bad = json.loads(path.read_text())
+    spoil(bad)
     path.write_text(json.dumps(bad))
-    with pytest.raises(record.BadRecord, match=problem):
-        record.load(path)
+    with pytest.raises(records.BadRecord, match=problem):
+        records.load(path)
     assert bench("--load", str(path)) == 2
 
 
+def test_record_is_read_as_it_was_written(measured, tmp_path):
+    records.save(measured, tmp_path / "run.json")
+    assert records.load(tmp_path / "run.json") == measured
+
+
+def test_committed_results_load():
+    paths = list((machine.ROOT / "bench" / "results").glob("*.json"))
+    assert paths
+    for path in paths:
+        assert records.load(path).complete
+
+
 def test_table(measured, capsys):
-    table.show(Console(width=160), measured["rows"], "eager")
+    table.show(Screen(width=160), measured.rows, "eager")
     text = capsys.readouterr().out
     assert "fused dcpo, 24 x 1003 bf16 on cpu" in text
     assert "of copy" in text
     assert "extra memory" in text
     assert "triton: missing" in text
-    table.show(Console(width=80), measured["rows"], "eager")
+    table.show(Screen(width=80), measured.rows, "eager")
 
 
 def test_units():
@@ -116,26 +125,27 @@ def test_units():
         assert table.size(count) == text
 
 
+def timed_as(row: records.Row, factor: float) -> records.Row:
+    """By a quiet machine, so that the verdicts are those of the factors."""
+    if row.seconds is None:
+        return row
+    seconds = stats.summarize([factor * t for t in row.samples])
+    return replace(row, seconds=replace(seconds, low=seconds.median, high=seconds.median))
+
+
 def test_compare(measured, tmp_path, capsys):
-    old = copy.deepcopy(measured)
-    for row in old["rows"]:
-        if "seconds" in row:
-            factor = 2.0 if row["tokens"] == 24 else 1.0
-            row["samples"] = [factor * t for t in row["samples"]]
-            row["seconds"] = stats.summarize(row["samples"])
-    old["environment"]["host"]["threads"] += 1
-    calm = copy.deepcopy(measured)
-    for some in (old, calm):  # noise out, so that the verdicts are those of the factors
-        for row in some["rows"]:
-            if "seconds" in row:
-                row["seconds"]["low"] = row["seconds"]["high"] = row["seconds"]["median"]
-    found = compare.verdicts(calm["rows"], old["rows"])
-    assert len(found) == sum("seconds" in row for row in calm["rows"])
-    assert {verdict for row, _, verdict in found if row["tokens"] == 24} == {"FAST"}
-    assert {verdict for row, _, verdict in found if row["tokens"] == 16} == {"SAME"}
+    rows = [timed_as(row, 2.0 if row.tokens == 24 else 1.0) for row in measured.rows]
+    host = measured.environment.host
+    elsewhere = replace(measured.environment, host=replace(host, threads=host.threads + 1))
+    old = replace(measured, rows=rows, environment=elsewhere)
+    calm = replace(measured, rows=[timed_as(row, 1.0) for row in measured.rows])
+    found = compare.verdicts(calm.rows, old.rows)
+    assert len(found) == sum(row.seconds is not None for row in calm.rows)
+    assert {verdict for row, _, verdict in found if row.tokens == 24} == {"FAST"}
+    assert {verdict for row, _, verdict in found if row.tokens == 16} == {"SAME"}
     paths = [tmp_path / "old.json", tmp_path / "new.json"]
     for path, some in zip(paths, (old, calm), strict=True):
-        record.save(some, path)
+        records.save(some, path)
     assert bench("--load", str(paths[1]), "--compare", str(paths[0])) == 0
     text = capsys.readouterr().out
     assert "FAST" in text
@@ -143,23 +153,23 @@ def test_compare(measured, tmp_path, capsys):
 
 
 def test_roofline(measured, capsys):
-    roofline.show(Console(width=120), measured["rows"], 4800)
+    roofline.show(Screen(width=120), measured.rows, 4800)
     text = capsys.readouterr().out
     assert "at 4800 GB/s, at best" in text
-    rows = [r for r in measured["rows"] if r["operator"] == "fused" and r["kind"] == "ours"]
-    floor = rows[0]["minimum_bytes"]
-    assert rows[0].get("traffic_bytes", floor) == floor
-    assert floor == 4 * rows[0]["tokens"] * rows[0]["vocab"]
+    rows = [r for r in measured.rows if r.operator == "fused" and r.kind == "ours"]
+    floor = rows[0].minimum_bytes
+    assert rows[0].traffic_bytes == floor
+    assert floor == 4 * rows[0].tokens * rows[0].vocab
 
 
 def test_plots(measured, tmp_path):
-    drawn = plots.draw(measured["rows"], "eager", tmp_path)
+    drawn = plots.draw(measured.rows, "eager", tmp_path)
     assert {path.name for path in drawn} == {
         *("bandwidth.png", "time.png", "speedup.png", "memory.png")
     }
     for path in drawn:
         assert path.read_bytes().startswith(b"\x89PNG")
-    few = [row for row in measured["rows"] if row["tokens"] == 16 and row["vocab"] == 503]
+    few = [row for row in measured.rows if row.tokens == 16 and row.vocab == 503]
     drawn = plots.draw(few, "eager", tmp_path / "few")
     assert {path.name for path in drawn} == {"speedup.png", "memory.png"}
 
@@ -172,11 +182,11 @@ def test_torch_compile_is_checked_counted_and_timed(tmp_path):
         *("--roofline", "4800", "--json", str(path)),
     )
     assert status == 0
-    rows = {row["name"]: row for row in record.load(path)["rows"]}
-    assert rows["torch.compile"]["status"] == "ok"
-    floor = rows["eager"]["minimum_bytes"]
-    assert rows["eager"]["traffic_bytes"] > 5 * floor
-    assert floor < rows["torch.compile"]["traffic_bytes"] < rows["eager"]["traffic_bytes"]
+    rows = {row.name: row for row in records.load(path).rows}
+    assert rows["torch.compile"].status == "ok"
+    floor = rows["eager"].minimum_bytes
+    assert rows["eager"].traffic_bytes > 5 * floor
+    assert floor < rows["torch.compile"].traffic_bytes < rows["eager"].traffic_bytes
 
 
 # ---- the README ----------------------------------------------------------------------------------
@@ -189,11 +199,13 @@ def checkout(tmp_path, measured) -> Path:
     (tmp_path / "README.md").write_text(
         f"# before\n\n{readme.BEGIN}\nmade up: 99 times faster\n{readme.END}\n\nafter\n"
     )
-    result = copy.deepcopy(measured)
-    for row in result["rows"]:  # as if it had been measured at the README's shape
-        if (row["tokens"], row["vocab"]) == (24, 1003):
-            row["tokens"], row["vocab"] = readme.SHAPES["cpu"][0]
-    record.save(result, tmp_path / "bench" / "results" / readme.result_file(result))
+    tokens, vocab = SHAPES["cpu"][0]
+    rows = [  # as if it had been measured at the README's shape
+        replace(row, tokens=tokens, vocab=vocab) if row.case.shape == (24, 1003) else row
+        for row in measured.rows
+    ]
+    result = replace(measured, rows=rows)
+    records.save(result, tmp_path / "bench" / "results" / readme.result_file(result))
     return tmp_path
 
 
@@ -205,15 +217,15 @@ def test_readme_is_made_from_results(checkout, measured, monkeypatch):
     assert text.startswith("# before\n\n")
     assert text.endswith(f"{readme.END}\n\nafter\n")
     assert "made up" not in text
-    rows = [row for row in record.load(result)["rows"] if row["tokens"] == 256]
-    timed = [row for row in rows if row["operator"] == "fused" and "seconds" in row]
+    rows = [row for row in records.load(result).rows if row.tokens == 256]
+    timed = [row for row in rows if row.operator == "fused" and row.seconds]
     assert timed
     for row in timed:
-        assert table.duration(row["seconds"]["median"]) in text
+        assert table.duration(row.seconds.median) in text
     performance = (checkout / "docs" / "performance.md").read_text()
-    for row in measured["rows"]:
-        if row["status"] == "missing":
-            assert row["note"] in performance
+    for row in measured.rows:
+        if row.status == "missing":
+            assert row.note in performance
     assert "### read, 16 x 503 bf16 on cpu" in performance
     readme.write(checkout)
     assert (checkout / "README.md").read_text() == text
@@ -225,7 +237,7 @@ def test_readme_is_made_from_results(checkout, measured, monkeypatch):
 )
 def test_readme_without_its_place(checkout, text):
     (checkout / "README.md").write_text(text)
-    with pytest.raises(record.BadRecord, match="needs one line"):
+    with pytest.raises(records.BadRecord, match="needs one line"):
         readme.write(checkout)
     assert (checkout / "README.md").read_text() == text
 
@@ -233,13 +245,19 @@ def test_readme_without_its_place(checkout, text):
 def test_readme_without_results(checkout):
     for path in (checkout / "bench" / "results").iterdir():
         path.unlink()
-    with pytest.raises(record.BadRecord, match="holds no results"):
+    with pytest.raises(records.BadRecord, match="holds no results"):
         readme.write(checkout)
 
 
 def test_suite_measures_what_the_readme_shows():
     for device in ("cpu", "cuda"):
-        cases = readme.suite(device)
-        assert len(set(cases)) == len(cases)
-        for tokens, vocab in readme.SHAPES[device]:
-            assert Case("fused", "dcpo", tokens, vocab, "bf16", device) in cases
+        cases = SUITES["readme"](device)
+        for shape in SHAPES[device]:
+            assert loss(*shape, device) in cases
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("suite", SUITES)
+def test_suite_measures_nothing_twice(suite, device):
+    cases = SUITES[suite](device)
+    assert cases and len(set(cases)) == len(cases)

@@ -26,6 +26,7 @@ from dcpo_kernels.bench import (
     traffic,
     watch,
 )
+from dcpo_kernels.bench.records import Conditions, Times
 
 __all__ = ["quick"]
 
@@ -209,17 +210,17 @@ def test_graph_that_cannot_be_captured_is_timed_call_by_call():
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-def made_up(middle: float, spread: float, n: int = 50) -> dict:
+def made_up(middle: float, spread: float, n: int = 50) -> Times:
     x = np.random.default_rng(1).normal(middle, spread, n)
     return stats.summarize(x.tolist())
 
 
 def test_summary():
     s = stats.summarize([float(i) for i in range(1, 102)])
-    assert (s["median"], s["min"], s["p20"], s["p80"], s["samples"]) == (51.0, 1.0, 21.0, 81.0, 101)
-    assert 35 < s["low"] < 51 < s["high"] < 67
+    assert (s.median, s.min, s.p20, s.p80, s.samples) == (51.0, 1.0, 21.0, 81.0, 101)
+    assert 35 < s.low < 51 < s.high < 67
     one = stats.summarize([2.0])
-    assert one["low"] == one["high"] == one["median"] == 2.0
+    assert one.low == one.high == one.median == 2.0
 
 
 def test_interval_covers():
@@ -249,10 +250,10 @@ def test_verdicts(new, old, verdict):
 
 def test_speedup():
     s = stats.speedup(made_up(1.0, 0.01), made_up(2.0, 0.01))
-    assert s["ratio"] == pytest.approx(2.0, rel=0.02)
-    assert s["low"] <= s["ratio"] <= s["high"]
-    assert not s["ambiguous"]
-    assert stats.speedup(made_up(1.0, 0.5), made_up(1.1, 0.5))["ambiguous"]
+    assert s.ratio == pytest.approx(2.0, rel=0.02)
+    assert s.low <= s.ratio <= s.high
+    assert not s.ambiguous
+    assert stats.speedup(made_up(1.0, 0.5), made_up(1.1, 0.5)).ambiguous
 
 
 # ---- memory and traffic --------------------------------------------------------------------------
@@ -290,12 +291,12 @@ def test_cpu_watch_sees_itself_as_nobody_else():
         while time.perf_counter() < end:
             pass
     report = seen.report()
-    assert 0 <= report["others"] <= 1.1
+    assert 0 <= report.others <= 1.1
     # 10 s, 5 of them busy here, and half of all cores busy elsewhere
     seen.begin, seen.end = (0.0, 1.0, 10.0, 0.0), (10.0, 6.0, 15.0 + 5.0 * os.cpu_count(), 0.0)
     report = seen.report()
-    assert report["others"] == pytest.approx(0.5)
-    assert report["marks"] == ["others used 50% of the cores"]
+    assert report.others == pytest.approx(0.5)
+    assert report.marks == ["others used 50% of the cores"]
 
 
 class PaperNvml:
@@ -348,24 +349,24 @@ def test_gpu_state_is_read_and_gaps_are_none():
 def test_throttled_rows_are_marked(monkeypatch):
     monkeypatch.setattr(watch, "PERIOD_SECONDS", 0.001)
 
-    def report(nvml) -> dict:
+    def report(nvml) -> Conditions:
         with watch.GpuWatch(nvml, None) as seen:
             while len(seen.samples) < 20:
                 time.sleep(0.001)
         return seen.report()
 
     calm = report(PaperNvml(reasons=(0x1, 0x2)))  # idle, clocks set by somebody: no throttling
-    assert calm["marks"] == []
-    assert (calm["sm_mhz"], calm["watts"], calm["celsius"]) == (1980, 650.0, 61)
+    assert calm.marks == []
+    assert (calm.sm_mhz, calm.watts, calm.celsius) == (1980, 650.0, 61)
     capped = report(PaperNvml(reasons=(0x4,)))
-    assert capped["marks"] == ["throttled by power cap 100% of the time"]
+    assert capped.marks == ["throttled by power cap 100% of the time"]
     slowed = report(PaperNvml(clocks=(1980, 1980, 1980, 1200)))
-    assert any(mark.startswith("clock below") for mark in slowed["marks"])
+    assert any(mark.startswith("clock below") for mark in slowed.marks)
 
 
 def test_environment_says_where_it_ran():
     facts = machine.environment(None)
-    assert facts["host"]["threads"] == torch.get_num_threads()
-    assert facts["package"]["versions"]["torch"] == torch.__version__
+    assert facts.host.threads == torch.get_num_threads()
+    assert facts.package["versions"]["torch"] == torch.__version__
     if OURS == "cpu":
-        assert facts["package"]["cpu"]["isa"] == _compiled.C.cpu_isa()
+        assert facts.instruction_set == _compiled.C.cpu_isa()

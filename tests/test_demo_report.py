@@ -7,14 +7,7 @@ import torch
 from train_world import small_trainer
 
 from dcpo_kernels.demo import timing
-from dcpo_kernels.demo.report import (
-    Row,
-    Value,
-    leader,
-    loss_shares,
-    mean_over_steps,
-    verdict,
-)
+from dcpo_kernels.demo.report import Row, Value, leader, loss_shares, mean_over_steps, verdict
 from dcpo_kernels.losses import policy_loss
 from dcpo_kernels.train import recipes
 

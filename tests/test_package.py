@@ -226,7 +226,8 @@ except SystemExit:
 
 # Lowest first: a module imports from its own layer and from those below, never from above.
 LAYERS = [
-    {"_version", "files", "objectives", "aggregation", "advantages", "critic", "metrics"},
+    {"_version", "files", "objective", "presets", "decide", "responses"}
+    | {"advantages", "critic", "metrics"},
     {"_C", "kernels"},
     {"backends"},
     {"ops"},

@@ -143,6 +143,16 @@ def test_the_same_answer_is_judged_once(monkeypatch):
     assert asked == [("0.5", r"\frac12")]
 
 
+def test_a_verdict_under_haste_is_not_remembered(monkeypatch):
+    """In a batch of many hostile answers the others have less time; alone they get it all."""
+    judge = rewards.Judge()
+    verdicts = iter([[None, False], [True]])
+    monkeypatch.setattr(judge, "_asked", lambda pairs: next(verdicts))
+    pairs = [("0.5", r"\frac12"), ("0.6", r"\frac12")]
+    assert judge(pairs) == [False, False]
+    assert judge(pairs) == [True, False]
+
+
 def test_an_alarm_of_the_caller_still_rings():
     rung = []
     before = signal.signal(signal.SIGALRM, lambda *_: rung.append(True))

@@ -180,7 +180,7 @@ def test_dynamic_sampling_is_bounded(monkeypatch):
 
 def test_a_step_without_anything_to_learn(monkeypatch):
     trainer = small_trainer("grpo")
-    monkeypatch.setattr(experience, "reward", lambda text, truth: 0.0)
+    monkeypatch.setattr(experience, "score", lambda texts, truths: [0.0] * len(texts))
     got = trainer.step()
     assert got["loss"] == got["rur"] == got["tcr"] == got["approx_kl"] == got["grad_norm"] == 0
 

@@ -70,6 +70,23 @@ def lacks_nothing(operator: Operator, case: Case) -> str:
     return ""
 
 
+def of_logprobs(
+    name: str,
+    devices: tuple[str, ...],
+    logprobs: Callable[[Inputs], tuple[Function, bool]],
+    distribution: str = "",
+    note: str = "",
+    traffic: Callable[[Operator, Inputs], int] | None = read_read_write,
+) -> Peer:
+    """A peer that has log-probs only. logprobs imports it, and says whether it overwrites what it
+    reads."""
+
+    def call(operator: Operator, inputs: Inputs) -> Call:
+        return from_logprobs(operator, inputs, *logprobs(inputs))
+
+    return Peer(name, distribution or name, devices, lacks_nothing, call, note, traffic)
+
+
 def _found() -> dict[str, Peer]:
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     found = [importlib.import_module(f"{__name__}.{name}").PEER for name in names]

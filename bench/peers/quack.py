@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dcpo_kernels.bench.calls import Call
 from dcpo_kernels.bench.inputs import Inputs
-from dcpo_kernels.bench.operators import Operator
-from dcpo_kernels.bench.peers import Peer, from_logprobs, lacks_nothing, read_read_write
+from dcpo_kernels.bench.operators import Function
+from dcpo_kernels.bench.peers import of_logprobs
 
 
-def call(operator: Operator, inputs: Inputs) -> Call:
+def logprobs(inputs: Inputs) -> tuple[Function, bool]:
     from quack.cross_entropy import cross_entropy
 
-    shape, ids = inputs.target_ids.shape, inputs.target_ids.flatten()  # -100: ignored
+    ids, vocab = inputs.target_ids, inputs.case.vocab  # id -100: ignored
 
-    def logprobs(logits: Tensor) -> Tensor:
-        rows = logits.view(-1, inputs.case.vocab)
-        return -cross_entropy(rows, ids, reduction="none", inplace_backward=True).view(shape)
+    def run(logits: Tensor) -> Tensor:
+        options = {"reduction": "none", "inplace_backward": True}
+        return -cross_entropy(logits.view(-1, vocab), ids.flatten(), **options).view(ids.shape)
 
-    return from_logprobs(operator, inputs, logprobs, overwrites=True)
+    return run, True
 
 
-PEER = Peer(
-    name="quack",
-    distribution="quack-kernels",
-    devices=("cuda",),
-    lacks=lacks_nothing,
-    call=call,
-    note="in place",
-    traffic=read_read_write,
-)
+PEER = of_logprobs("quack", ("cuda",), logprobs, distribution="quack-kernels", note="in place")

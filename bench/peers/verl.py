@@ -5,28 +5,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dcpo_kernels.bench.calls import Call
 from dcpo_kernels.bench.inputs import Inputs
-from dcpo_kernels.bench.operators import Operator
-from dcpo_kernels.bench.peers import Peer, from_logprobs, lacks_nothing
+from dcpo_kernels.bench.operators import Function
+from dcpo_kernels.bench.peers import of_logprobs
 
 
-def call(operator: Operator, inputs: Inputs) -> Call:
+def logprobs(inputs: Inputs) -> tuple[Function, bool]:
     from verl.utils import torch_functional
 
     ids = inputs.target_ids.clamp(min=0)
     flash = getattr(torch_functional, "FLAH_ATTN_CROSS_ENTROPY_LOSS_AVAILABLE", False)
 
-    def logprobs(logits: Tensor) -> Tensor:
+    def run(logits: Tensor) -> Tensor:
         return torch_functional.logprobs_from_logits(logits, ids, inplace_backward=True)
 
-    return from_logprobs(operator, inputs, logprobs, overwrites=flash)
+    return run, flash
 
 
-PEER = Peer(
-    name="verl",
-    distribution="verl",
-    devices=("cpu", "cuda"),
-    lacks=lacks_nothing,
-    call=call,
-)
+PEER = of_logprobs("verl", ("cpu", "cuda"), logprobs, traffic=None)

@@ -70,8 +70,8 @@ def unavailable(device: str = "cuda") -> str:
 # rows are under way: they should last in the L2 cache until the second sweep. A row of one tile
 # takes a program as small as holds it. Longer rows take two programs of 256 threads where they fit
 # into L2, else one of 512: at 151,936 in bf16 that leaves 35 MB to a cache of 50; two would leave
-# 72 and send half of it to memory again. bench/launches.py models the choices,
-# bench/results/NOTES.md says with what result.
+# 72 and send half of it to memory again. Reasoned, not measured: no GPU has run it yet;
+# `dcpo bench --suite gpu-sweep` times the other choices.
 _THREADS = 512  # of a multiprocessor, with 128 registers each
 _L2_SHARE = 0.6  # for the rows under way
 

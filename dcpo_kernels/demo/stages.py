@@ -20,13 +20,7 @@ from rich.console import Console
 
 from dcpo_kernels import __version__, backends
 from dcpo_kernels.demo import report
-from dcpo_kernels.demo.arithmetic import (
-    MAX_NEW_TOKENS,
-    Sum,
-    as_problems,
-    make_sums,
-    make_tokenizer,
-)
+from dcpo_kernels.demo.arithmetic import MAX_NEW_TOKENS, Sum, as_problems, make_sums, make_tokenizer
 from dcpo_kernels.demo.plots import plot
 from dcpo_kernels.demo.progress import progress
 from dcpo_kernels.demo.timing import loss_seconds

@@ -63,15 +63,16 @@ def compare(
     result.send(equal(*pair))
 
 
-def judge(client: Connection, pairs: list[list[str]]) -> list[bool]:
-    """Whether the answers of each pair are equal, False where its worker died.
+def judge(client: Connection, pairs: list[list[str]]) -> list[bool | None]:
+    """Whether the answers of each pair are equal: False where the worker died, None where it had
+    less time than usual.
 
     A worker for each pair: what was compared before decides nothing, and what sympy remembers goes.
     EOFError: the client is gone.
     """
-    verdicts = [False] * len(pairs)
+    verdicts: list[bool | None] = [False] * len(pairs)
     waiting = list(range(len(pairs)))
-    workers: dict[Connection, tuple[multiprocessing.Process, int]] = {}
+    workers: dict[Connection, tuple[multiprocessing.Process, int, float]] = {}
     died = 0
     while waiting or workers:
         while waiting and len(workers) < WORKERS:
@@ -82,16 +83,17 @@ def judge(client: Connection, pairs: list[list[str]]) -> list[bool]:
             process = multiprocessing.Process(target=compare, args=arguments, daemon=True)
             process.start()
             theirs.close()
-            workers[result] = process, i
+            workers[result] = process, i, seconds
         ready = wait([client, *workers], STUCK)
         if client in ready:  # it waits for this answer: it has nothing to say
             raise EOFError
         for result in [w for w in workers if w in ready or not ready]:
-            process, i = workers.pop(result)
+            process, i, seconds = workers.pop(result)
             try:
                 verdicts[i] = bool(ready) and result.recv()
             except (EOFError, OSError):
                 died += 1
+                verdicts[i] = None if seconds < SECONDS else False
             result.close()
             process.kill()
             process.join()

@@ -64,10 +64,13 @@ class Judge:
             if len(self.known) > REMEMBERED:
                 self.known.clear()
             if new := [pair for pair in pairs if pair not in self.known]:
-                self.known.update(zip(new, self._asked(new), strict=True))
-            return [self.known[pair] for pair in pairs]
+                judged = zip(new, self._asked(new), strict=True)
+                self.known.update(
+                    (pair, verdict) for pair, verdict in judged if verdict is not None
+                )
+            return [self.known.get(pair, False) for pair in pairs]
 
-    def _asked(self, pairs: list[tuple[str, str]]) -> list[bool]:
+    def _asked(self, pairs: list[tuple[str, str]]) -> list[bool | None]:
         question = json.dumps(pairs).encode()
         for _ in range(2):  # again with a new process, where something ended it
             if self.process is None:
@@ -125,15 +128,17 @@ os.register_at_fork(after_in_child=_after_fork)
 def score(responses: Sequence[str], ground_truths: Sequence[str]) -> list[float]:
     """+1, 0 or -1 for each response's text.
 
-    An answer that math-verify does not manage within half a second of processor time and a GiB of
-    memory is wrong. The comparisons run in processes of their own, as many as there are cores: any
-    thread may call this, and no signal is used here. RuntimeError: these processes don't start.
+    An answer that math-verify does not manage within half a second of processor time (a tenth in a
+    batch that has many such) and a GiB of memory is wrong. The comparisons run in processes of
+    their own, as many as there are cores: any thread may call this, and no signal is used here.
+    RuntimeError: these processes don't start.
     """
     answers = [boxed_answer(response) for response in responses]
     pairs = list(zip(answers, ground_truths, strict=True))
     equal = {(a, t): at_a_glance(a, t) for a, t in pairs if a is not None}
     unclear = [pair for pair, verdict in equal.items() if verdict is None]
-    equal.update(zip(unclear, _judge(unclear), strict=True))
+    if unclear:  # or else another thread's batch would be waited for
+        equal.update(zip(unclear, _judge(unclear), strict=True))
     return [UNFORMATTED if a is None else RIGHT if equal[a, t] else WRONG for a, t in pairs]
 
 
