@@ -15,6 +15,7 @@ import torch
 
 import dcpo_kernels as dk
 from dcpo_kernels import _C, backends, cli
+from dcpo_kernels.backends import _compiled
 
 PACKAGE = Path(dk.__file__).parent
 
@@ -275,6 +276,25 @@ def test_imports_run_one_way():
             if LAYER[other] > LAYER[part] or end:
                 wrong.append(f"{file} imports {other}")
     assert not wrong
+
+
+@pytest.mark.parametrize("names", ["SURROGATES", "DIVERGENCES", "CLIPPED", "AGGREGATIONS"])
+def test_the_compiled_module_knows_the_codes_by_the_same_names(names, monkeypatch):
+    """They cross as numbers, the places of the names: one that moved would be another objective."""
+    first, second, *others = getattr(_compiled.objective, names)
+    assert _compiled._load() is _C
+    for wrong in ((second, first, *others), (first, second, *others, "one-more")):
+        monkeypatch.setattr(_compiled.objective, names, wrong)
+        with pytest.raises(ImportError, match=f"its {names} are .*{first}"):
+            _compiled._load()
+
+
+def test_a_view_crosses_as_one_tuple():
+    given = {"rows": 1, "vocab": 1, "dtype": 2, "x": (0, 1, 0), "factor": 0, "threads": 1}
+    with pytest.raises(TypeError, match=r"argument x can't be \(0, 1, 0\)"):
+        _C.cpu_multiply(**given)
+    with pytest.raises(TypeError, match="missing argument x"):
+        _C.cpu_multiply(**{name: value for name, value in given.items() if name != "x"})
 
 
 def multiply(address: int, numel: int, dtype: int, factor: int, stream: int) -> None:

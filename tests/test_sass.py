@@ -17,9 +17,9 @@ TOOLS = Path("backends", "nvidia", "bin")
 # Registers a thread may have, by the launch bounds in csrc/cuda: 65,536 over the threads that are
 # to share a multiprocessor.
 REGISTERS = {"fused_cluster": 255, "fused_streaming": 64, "row_stats": 64, "row_gradient": 80}
-REGISTERS |= {"fused_divergence": 128, "scale_kernel": 255}
+REGISTERS |= {"fused_divergence": 128, "multiply_kernel": 255}
 KERNELS = {"fused_cluster": 6, "fused_streaming": 6, "row_stats": 6, "row_gradient": 3}
-KERNELS |= {"fused_divergence": 3, "scale_kernel": 3}
+KERNELS |= {"fused_divergence": 3, "multiply_kernel": 3}
 
 
 @functools.cache

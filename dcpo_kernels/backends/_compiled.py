@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dcpo_kernels import objective
 from dcpo_kernels.backends.layout import row_count, row_strides
 
 if TYPE_CHECKING:
@@ -30,10 +31,21 @@ if TYPE_CHECKING:
     from dcpo_kernels.ops.row_gradient import RowCoefficients
     from dcpo_kernels.ops.row_stats import RowStats, Targets
 
+
+def _load() -> Any:
+    """The module, if it knows the codes by the same names."""
+    module = importlib.import_module("dcpo_kernels._C")
+    for names in ("SURROGATES", "DIVERGENCES", "CLIPPED", "AGGREGATIONS"):
+        found, wanted = getattr(module, names, None), getattr(objective, names)
+        if found != wanted:
+            raise ImportError(f"it is of another version: its {names} are {found}, not {wanted}")
+    return module
+
+
 missing = ""  # why there is no module
 C: Any = None
 try:
-    C = importlib.import_module("dcpo_kernels._C")
+    C = _load()
 except ImportError as error:
     built = sorted(file.name for file in Path(__file__).parents[1].glob("_C*.so"))
     if not isinstance(error, ModuleNotFoundError):
