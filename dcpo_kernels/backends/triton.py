@@ -70,8 +70,8 @@ def unavailable(device: str = "cuda") -> str:
 # rows are under way: they should last in the L2 cache until the second sweep. A row of one tile
 # takes a program as small as holds it. Longer rows take two programs of 256 threads where they fit
 # into L2, else one of 512: at 151,936 in bf16 that keeps 35 MB in flight, for an L2 of 50; two
-# programs would keep 72 MB and re-read half of it from memory. Reasoned, not measured: no GPU has run it yet;
-# `dcpo bench --suite gpu-sweep` times the other choices.
+# programs would keep 72 MB and re-read half of it from memory. Reasoned, not measured: no GPU has
+# run it yet; `dcpo bench --suite gpu-sweep` times the other choices.
 _THREADS = 512  # of a multiprocessor, with 128 registers each
 _L2_SHARE = 0.6  # for the rows under way
 
@@ -131,7 +131,7 @@ def _layout(x: Tensor) -> tuple[tuple[int, int, int], bool]:
     return strides, bits % 16 == 0
 
 
-# Cache of compiled kernels: triton.jit needs 50 us to find one. Key: all that it specializes on, the
+# Cache of compiled kernels: triton.jit needs 50 us to find one. Key: all that it specializes on,
 # constants, dtype, device, and which arguments are None. Value: the kernel, and its argument count
 # (until Triton 3.2 it was called without constants).
 _compiled: dict[tuple[Any, ...], tuple[Any, int]] = {}
