@@ -60,11 +60,23 @@ class Call:
             with torch.no_grad():
                 return self.function(self.logits), None
         leaf = self.logits.detach().requires_grad_()
-        # A leaf can't be overwritten; a view of it can, like the output of a model.
-        value = self.function(leaf.view_as(leaf) if self.overwrites else leaf)
+        value = self.function(_Output.apply(leaf) if self.overwrites else leaf)
         upstream = self.inputs.upstream if self.operator.upstream else None
         (gradient,) = torch.autograd.grad(value, leaf, upstream)
         return value.detach(), self.rows(gradient)
+
+
+class _Output(torch.autograd.Function):
+    """The leaf's memory like a model's output: no leaf and no view of one, so that it may be
+    overwritten."""
+
+    @staticmethod
+    def forward(ctx, leaf):
+        return leaf.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
 
 
 class Copy:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class Summary(NamedTuple):
-    """Numbers of a whole call, in the order in which the operator `finish` stores them. Sums, minima
-    and maxima are over the rows that were read."""
+    """Numbers of a whole call, in the order in which the operator `finish` stores them. Sums,
+    minima and maxima are over the rows that were read."""
 
     loss: float
     tokens: float  # that count

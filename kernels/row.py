@@ -27,6 +27,7 @@ from dcpo_kernels.kernels.tiles import (
     load_masked,
     row_of,
     target_of,
+    temperature_of,
     tile_columns,
 )
 
@@ -106,7 +107,7 @@ def fused(
                     x, topk_ids, topk_logprobs, row, k, target, vocab
                 )
                 x_target = tl.where(outside, float("nan"), x_target)
-            T = temperature if temperatures is None else tl.load(temperatures + row)
+            T = temperature_of(temperatures, temperature, row)
             AGAIN: tl.constexpr = FULL or gradient is not None
             row_max, log_sum, entropy, kept = read_row(
                 x, lane, step, vocab, T, BLOCK, WITH_ENTROPY, AGAIN
@@ -269,7 +270,7 @@ def row_stats(
         if reads:
             x = row_of(logits, row, per_batch, batch_stride, row_stride, ALIGNED)
             _, x_target = target_of(x, tl.load(target_ids + row), vocab)
-            T = temperature if temperatures is None else tl.load(temperatures + row)
+            T = temperature_of(temperatures, temperature, row)
             row_max, log_sum, entropy, _ = read_row(
                 x, lane, step, vocab, T, BLOCK, WITH_ENTROPY, AGAIN=False
             )
@@ -342,7 +343,7 @@ def row_gradient(
                 entropy,
                 g * factor,
                 h * factor,
-                temperature if temperatures is None else tl.load(temperatures + row),
+                temperature_of(temperatures, temperature, row),
                 BLOCK,
                 hs is not None,
             )

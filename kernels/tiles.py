@@ -101,6 +101,15 @@ def store_masked(dx, entries, start, lane, step, vocab):
 
 
 @triton.jit
+def temperature_of(temperatures, temperature, row):
+    """One per row was looked at on a CPU alone: what is no temperature makes its row NaN."""
+    if temperatures is not None:
+        temperature = tl.load(temperatures + row)
+        temperature = tl.where(temperature > 0, temperature, float("nan"))
+    return temperature
+
+
+@triton.jit
 def target_of(x, target, vocab):
     """The target's column and logit: 0 and NaN for an id outside the vocabulary, so that the row's
     loss and gradient are NaN and nothing is read out of bounds."""

@@ -31,7 +31,7 @@ PADDED = {
 }
 TOPK = {
     "objective": dk.dppo("topk_tv"),
-    "topk_ids": torch.zeros(N, 2, dtype=torch.int64),
+    "topk_ids": torch.arange(2).repeat(N, 1),
     "topk_logprobs": -torch.ones(N, 2),
 }
 FULL = {"objective": dk.dppo("tv"), "old_logits": torch.randn(N, V)}

@@ -12,6 +12,7 @@ from problems import DTYPES, OBJECTIVES, ROUNDING, assert_matches, problem
 
 import dcpo_kernels as dk
 from dcpo_kernels import ops
+from dcpo_kernels.ops.records import Options, Results, Rows, Tokens
 
 INF, NAN = float("inf"), float("nan")
 everywhere = on_backends("reference", *KERNELS, *INTERPRETED)
@@ -242,6 +243,25 @@ def test_masked_logits_in_a_full_divergence(name, low, where, use_backend):
 def bits(number: int) -> torch.Tensor:
     """The float32 of these 32 bits."""
     return torch.tensor(number, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
+@everywhere
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN])
+def test_what_is_no_temperature_makes_its_row_nan(value, use_backend):
+    """On a GPU nobody looks at one per row beforehand."""
+    p = problem(dk.dcpo(), lengths=(3, 2))
+    a = p.arguments
+    temperatures = torch.tensor([1.0, 0.7, value, 2.0, 1.0])
+    rows = Rows(a["target_ids"], temperatures, None, None, None)
+    tokens = Tokens(a["old_logprobs"], a["advantages"], torch.ones(5), None, None)
+    options = Options(1.0, False)
+    *results, gradient = ops.fused(
+        p.base, *rows, *tokens, *dk.dcpo().numbers, *options, True, use_backend
+    )
+    results = Results(*results)
+    bad = torch.arange(5) == 2
+    assert results.token_loss[bad].isnan().all() and gradient[bad].isnan().all()
+    assert results.token_loss[~bad].isfinite().all() and gradient[~bad].isfinite().all()
 
 
 @everywhere

@@ -10,6 +10,8 @@ from conftest import on_backends
 from problems import OBJECTIVES, problem
 
 import dcpo_kernels as dk
+from dcpo_kernels import ops
+from dcpo_kernels.ops.records import Responses, Results
 
 
 def made_up(clipped, mask, **fields):
@@ -25,7 +27,15 @@ def made_up(clipped, mask, **fields):
         "response_loss": torch.zeros(2),
     }
     values = {key: torch.tensor(value) for key, value in fields.items()}
-    return dk.PolicyLoss(**{**defaults, "clipped": clipped, "mask": mask, **values})
+    out = {**defaults, "clipped": clipped, "mask": mask, **values}
+    entropy = torch.zeros(0) if out["entropy"] is None else out["entropy"]
+    results = Results(zeros, out["logprobs"], entropy, out["ratio"], clipped)
+    # all tokens as one response
+    ends = torch.tensor([0, mask.numel()])
+    responses = Responses(mask.float(), mask, ends, mask.sum().view(1))
+    summary = ops.finish(*results, *responses, "reference")[2]
+    summary[0] = out["loss"].detach()
+    return dk.PolicyLoss(**out, summary=summary)
 
 
 def test_token_clipping_ratio():
@@ -64,6 +74,7 @@ def test_summarize():
         {
             "loss": 0.25,
             "tokens": 5,
+            "tokens_read": 5,
             "responses": 2,
             "logprob_mean": -10.5 / 5,
             "ratio_mean": 9 / 5,

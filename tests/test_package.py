@@ -166,7 +166,7 @@ def test_the_wheel_holds_what_is_no_module(tmp_path):
         check=True,
         capture_output=True,
     )
-    for file in ("py.typed", "_C.pyi", "bench/schema.json"):
+    for file in ("py.typed", "_C.pyi"):
         assert (tmp_path / "dcpo_kernels" / file).is_file(), file
 
 

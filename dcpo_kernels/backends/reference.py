@@ -214,7 +214,8 @@ def _temperature(
 ) -> Temperature:
     if temperatures is None:
         return temperature
-    return _read_rows(temperatures, read, 1.0).to(dtype)
+    T = _read_rows(temperatures, read, 1.0).to(dtype)
+    return torch.where(T > 0, T, torch.nan)
 
 
 def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStats) -> None:
@@ -368,8 +369,8 @@ def finish(results: Results, responses: Responses, totals: Totals) -> None:
         totals.loss,
         responses.lengths.sum(),
         read.sum(),
-        logprobs.sum(),
-        entropy.sum(),
+        torch.where(read, logprobs, nothing).sum(),
+        torch.where(read, entropy, nothing).sum() if entropy.numel() else nothing.sum(),
         torch.where(read, ratio, nothing).sum(),
         lowest,
         highest,

@@ -69,9 +69,9 @@ def unavailable(device: str = "cuda") -> str:
 # `fused` reads a row twice but for its last tile, which stays in registers. So it matters how many
 # rows are under way: they should last in the L2 cache until the second sweep. A row of one tile
 # takes a program as small as holds it. Longer rows take two programs of 256 threads where they fit
-# into L2, else one of 512: at 151,936 in bf16 that leaves 35 MB to a cache of 50; two would leave
-# 72 and send half of it to memory again. Reasoned, not measured: no GPU has run it yet;
-# `dcpo bench --suite gpu-sweep` times the other choices.
+# into L2, else one of 512: at 151,936 in bf16 that keeps 35 MB in flight, for an L2 of 50; two
+# programs would keep 72 MB and re-read half of it from memory. Reasoned, not measured: no GPU has
+# run it yet; `dcpo bench --suite gpu-sweep` times the other choices.
 _THREADS = 512  # of a multiprocessor, with 128 registers each
 _L2_SHARE = 0.6  # for the rows under way
 
@@ -94,7 +94,7 @@ def launch_shape(
     device: Device,
     threads: int = 0,
 ) -> tuple[int, tuple[int, int], dict[str, Any]]:
-    """For rows of a vocabulary of `size` bytes a logit: programs the GPU runs at once, (BLOCK,
+    """For rows of a vocabulary of `size` bytes per logit: programs the GPU runs at once, (BLOCK,
     LANES), options of the compiler. registers: how many a thread has for its logits; threads: of a
     program, if it is not to be chosen."""
     # Only vector loads leave two 16-bit logits in a register.
@@ -131,9 +131,9 @@ def _layout(x: Tensor) -> tuple[tuple[int, int, int], bool]:
     return strides, bits % 16 == 0
 
 
-# Finding the compiled kernel among 50 arguments takes triton.jit some 50 us a call. Here it takes a
-# key: whatever a kernel is compiled for is a constant, the dtype, the device, or an argument that
-# is None. With it: how many arguments it takes; until Triton 3.2 it was called without constants.
+# Cache of compiled kernels: triton.jit needs 50 us to find one. Key: all that it specializes on,
+# constants, dtype, device, and which arguments are None. Value: the kernel, and its argument count
+# (until Triton 3.2 it was called without constants).
 _compiled: dict[tuple[Any, ...], tuple[Any, int]] = {}
 
 
