@@ -20,6 +20,12 @@ REGISTERS = {"fused_cluster": 255, "fused_streaming": 64, "row_stats": 64, "row_
 REGISTERS |= {"fused_divergence": 128, "multiply_kernel": 255}
 KERNELS = {"fused_cluster": 6, "fused_streaming": 6, "row_stats": 6, "row_gradient": 3}
 KERNELS |= {"fused_divergence": 3, "multiply_kernel": 3}
+# Those that take some bytes per row; they are no templates.
+SMALL = {"token_weights_kernel": 64, "finish_kernel": 64}
+SMALL |= {"decide_kernel": 255, "decide_responses_kernel": 255}
+REGISTERS |= SMALL
+KERNELS |= dict.fromkeys(SMALL, 1)
+STACK = {"token_weights_kernel": 40}  # bytes per thread, of one block in all
 
 
 @functools.cache
@@ -39,7 +45,7 @@ def dump(*arguments: str) -> str:
 
 
 def kernel(mangled: str) -> str:
-    return next(name for name in KERNELS if f"{len(name)}{name}I" in mangled)
+    return next(name for name in KERNELS if re.search(f"{len(name)}{name}[IE]", mangled))
 
 
 @functools.cache
@@ -79,14 +85,14 @@ def test_registers_within_the_launch_bound_and_no_spills():
     assert len(resources) >= sum(KERNELS.values())
     for name, registers, stack in resources:
         assert int(registers) <= REGISTERS[kernel(name)], name
-        assert int(stack) == 0, name
+        assert int(stack) <= STACK.get(kernel(name), 0), name
 
 
 def test_instructions(arch):
     cuobjdump()
     for name, found in code(arch).items():
         for instructions in found:
-            assert count(instructions, r"LDL|STL") == 0, f"{name} spills"
+            assert count(instructions, r"LDL|STL") == 0 or name in STACK, f"{name} spills"
             # D...: float64 arithmetic; DEPBAR is a barrier
             assert count(instructions, r"D(?!EPBAR)|F2F\.F64|F2F\.\w+\.F64|.*\.64F") == 0, name
             if name == "fused_cluster" and int(arch[3:]) < 90:
@@ -100,7 +106,7 @@ def test_instructions(arch):
                 assert count(instructions, r"LDS\.128") >= 4 and count(instructions, r"STS\.128")
                 # no other way to the logits than the bulk copies
                 assert count(instructions, r"LDG.*\.128") == 0
-            else:
+            elif name not in SMALL:
                 assert count(instructions, r"LDG\.E.*\.128") >= 1, name
                 if name != "row_stats":
                     assert count(instructions, r"STG\.E.*\.128") >= 1, name

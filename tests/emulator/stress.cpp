@@ -307,6 +307,9 @@ void run(const std::string& kind, bool small) {
   o.kl_coef = pick(0, 1) * 0.1f;
   o.entropy_coef = pick(0, 1) * 0.1f;
   if (o.surrogate == kReinforce) o.divergence = static_cast<int>(pick(0, cluster_kernel ? 2 : 6));
+  // A penalty on TV has a gradient of either sign where p and q are as good as equal.
+  if (o.divergence == kBinaryKl || o.divergence == kTopkKl || o.divergence == kFullKl)
+    o.penalty_coef = pick(0, 1) * 0.5f;
   const bool uses_topk = o.divergence == kTopkTv || o.divergence == kTopkKl;
   const bool uses_old = o.divergence == kFullTv || o.divergence == kFullKl;
   const DType old_dtype = pick(0, 1) ? dtype : static_cast<DType>(pick(0, 2));
