@@ -150,7 +150,8 @@ def _read_rows(x: Any, read: Tensor, nothing: float = 0.0) -> Any:
 
 
 def _read_tokens(tokens: Tokens, read: Tensor, dtype: torch.dtype) -> Tokens:
-    return type(tokens)(*(None if x is None else _read_rows(x, read).to(dtype) for x in tokens))
+    values: list[Any] = [None if x is None else _read_rows(x, read).to(dtype) for x in tokens]
+    return type(tokens)(*values)
 
 
 @contextlib.contextmanager
