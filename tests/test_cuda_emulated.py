@@ -159,7 +159,7 @@ def test_cluster_in_any_order(seed, emu, monkeypatch):
 @pytest.mark.parametrize("dtype, vocab", [(torch.bfloat16, 151936), (torch.float32, 151936)])
 def test_real_vocabulary_by_the_table(dtype, vocab, emu):
     emu.set(multiprocessors=8)
-    check(vocab, dtype, rows=3)
+    check(vocab, dtype, rows=4)
 
 
 def test_a_row_larger_than_a_cluster_holds(emu):
@@ -248,7 +248,7 @@ def test_rows_that_do_not_count_are_zeros(blocks, inplace, monkeypatch):
     logits[~mask], ids[~mask], old[~mask] = NAN, -100, NAN
     leaf = logits.clone().requires_grad_()
     out = dk.policy_loss(
-        leaf.view_as(leaf), ids, old, advantages, mask=mask, backend="cuda", inplace=inplace,
+        leaf * 1, ids, old, advantages, mask=mask, backend="cuda", inplace=inplace,
         with_entropy=True,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(out.loss, leaf)
