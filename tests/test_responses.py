@@ -17,8 +17,7 @@ import dcpo_kernels as dk
 from dcpo_kernels import backends, ops
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.objective import AGGREGATIONS
-from dcpo_kernels.ops.decide import RatioGroups, Read
-from dcpo_kernels.ops.records import Grouping, Responses, Results, Tokens
+from dcpo_kernels.ops.records import Grouping, RatioGroups, Read, Responses, Results, Tokens
 
 NAN, INF = float("nan"), float("inf")
 COMPILED = ["cpu"] if KERNELS else []
