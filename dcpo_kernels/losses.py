@@ -19,6 +19,7 @@ from dcpo_kernels.ops.records import (
     RowCoefficients,
     RowStats,
     Targets,
+    replaced,
 )
 from dcpo_kernels.presets import dcpo
 
@@ -75,19 +76,17 @@ def _with_weights(batch: arguments.Batch) -> tuple[arguments.Batch, Responses]:
     responses = Responses(*responses)
     per_token = dict(zip(batch.by_response, spread, strict=True))
     temperatures = per_token.pop("temperatures", batch.rows.temperatures)
-    batch = batch._replace(
-        rows=batch.rows._replace(temperatures=temperatures),
-        tokens=batch.tokens._replace(weights=responses.weights, **per_token),
+    batch = replaced(
+        batch,
+        rows=replaced(batch.rows, temperatures=temperatures),
+        tokens=replaced(batch.tokens, weights=responses.weights, **per_token),
     )
     return batch, responses
 
 
-def _output(results: Results, responses: Responses, backend: str, with_entropy: bool) -> PolicyLoss:
+def _output(results: Results, responses: Responses, backend: str) -> PolicyLoss:
     loss, response_loss, summary = ops.finish(*results, *responses, backend)
-    entropy = results.entropy if with_entropy else None
-    return PolicyLoss(
-        loss, *results._replace(entropy=entropy), response_loss, responses.mask, summary
-    )
+    return PolicyLoss(loss, *results, response_loss, responses.mask, summary)
 
 
 def _one_pass(
@@ -97,7 +96,7 @@ def _one_pass(
     batch, responses = _with_weights(batch)
     tokens = batch.tokens
     if batch.loss_scale is not None:
-        tokens = tokens._replace(weights=tokens.weights * batch.loss_scale)
+        tokens = replaced(tokens, weights=tokens.weights * batch.loss_scale)
     numbers, options = batch.objective.numbers, batch.options
     if with_gradient and batch.inplace:
         results = ops.fused_(logits, *batch.rows, *tokens, *numbers, *options, batch.backend)
@@ -106,8 +105,7 @@ def _one_pass(
         *results, gradient = ops.fused(
             logits, *batch.rows, *tokens, *numbers, *options, with_gradient, batch.backend
         )
-    out = _output(Results(*results), responses, batch.backend, options.with_entropy)
-    return out, gradient
+    return _output(Results(*results), responses, batch.backend), gradient
 
 
 class _OnePass(torch.autograd.Function):
@@ -121,8 +119,9 @@ class _OnePass(torch.autograd.Function):
         _without_zeros(ctx)
         ctx.save_for_backward(gradient)
         ctx.loss_scale, ctx.backend = batch.loss_scale, batch.backend
-        ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
-        return tuple(out)
+        loss, *others = out
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -163,7 +162,7 @@ def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, Row
         g=g,
         h=h if has_entropy_term else None,
     )
-    return _output(results, responses, batch.backend, options.with_entropy), coefficients
+    return _output(results, responses, batch.backend), coefficients
 
 
 def _write(ctx, coefficients: RowCoefficients, logits: Tensor, factor: Tensor | None) -> Tensor:
@@ -184,8 +183,9 @@ class _TwoPasses(torch.autograd.Function):
         ctx.save_for_backward(logits, *coefficients)
         ctx.temperature = batch.options.temperature
         ctx.inplace, ctx.backend = batch.inplace, batch.backend
-        ctx.mark_non_differentiable(*(x for x in out[1:] if x is not None))
-        return tuple(out)
+        loss, *others = out
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -292,11 +292,12 @@ def policy_loss(
     )
     two_passes = batch.objective.ratio_level == "sequence"
     if torch.is_grad_enabled() and logits.requires_grad:
-        return PolicyLoss(*(_TwoPasses if two_passes else _OnePass).apply(logits, batch))
-    with torch.no_grad():
-        if two_passes:
-            return _two_passes(logits, batch)[0]
-        return _one_pass(logits, batch, with_gradient=False)[0]
+        out = PolicyLoss(*(_TwoPasses if two_passes else _OnePass).apply(logits, batch))
+    else:
+        with torch.no_grad():
+            passes = _two_passes(logits, batch) if two_passes else _one_pass(logits, batch, False)
+            out = passes[0]
+    return out if batch.options.with_entropy else replaced(out, entropy=None)
 
 
 # ---- selected_logprobs --------------------------------------------------------------------------

@@ -172,5 +172,11 @@ def unpack(values: tuple[Any, ...], *records: Any) -> list[Any]:
     return [*parts, values[at:]]
 
 
+def replaced(record: Any, **changes: Any) -> Any:
+    """record._replace(**changes), which Dynamo does not know before torch 2.7."""
+    cls = type(record)
+    return cls(*[changes.get(name, x) for name, x in zip(cls._fields, record)])  # noqa: B905
+
+
 def result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
