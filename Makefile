@@ -9,7 +9,7 @@ NOTE := echo "bringing $(VENV) up to date: the first time, torch is downloaded a
 ALL := .[train,bench,triton,peers,dev]
 PINS := pyproject.toml constraints.txt dcpo_kernels/_version.py
 NATIVE := setup.py CMakeLists.txt $(shell find csrc)  # folders too: a file may be gone
-CXX_FILES = $(filter %.h %.inc %.cpp %.cu %.cuh,$(NATIVE))
+CXX_FILES = $(filter %.h %.inc %.cpp %.cu %.cuh,$(NATIVE) $(shell find tests/emulator))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: demo bench test lint format check-wheels check-triton clean

@@ -236,11 +236,11 @@ DCPO_HD Summary<Real> nothing_read() {
 template <class Real>
 DCPO_HD Summary<Real> of_row(const FinishArgs& a, int64_t row) {
   Summary<Real> s = nothing_read<Real>();
-  s.at[kLogprobSum] = a.logprobs[row];
-  if (a.entropy) s.at[kEntropySum] = a.entropy[row];
   const Real weight = a.weights[row], r = a.ratio[row];
   if (weight == Real(0)) return s;
   s.at[kLoss] = weight * a.token_loss[row];
+  s.at[kLogprobSum] = a.logprobs[row];
+  if (a.entropy) s.at[kEntropySum] = a.entropy[row];
   s.at[kTokensRead] = 1;
   s.at[kRatioSum] = s.at[kRatioMin] = s.at[kRatioMax] = r;
   s.at[kKlSum] = (r - 1) - std::log(r);

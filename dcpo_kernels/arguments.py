@@ -15,8 +15,7 @@ from torch.autograd import forward_ad
 from dcpo_kernels import backends
 from dcpo_kernels.objective import AGGREGATIONS, MAX_K, Objective
 from dcpo_kernels.ops.library import check_places
-from dcpo_kernels.ops.records import Grouping, Options, Rows, Tokens
-from dcpo_kernels.ops.row_stats import Targets
+from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int64, torch.int32)

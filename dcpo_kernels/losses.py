@@ -11,10 +11,15 @@ from torch import Tensor
 
 from dcpo_kernels import arguments, ops
 from dcpo_kernels.objective import Objective
-from dcpo_kernels.ops.decide import RatioGroups, Read
-from dcpo_kernels.ops.records import Responses, Results
-from dcpo_kernels.ops.row_gradient import RowCoefficients
-from dcpo_kernels.ops.row_stats import RowStats, Targets
+from dcpo_kernels.ops.records import (
+    RatioGroups,
+    Read,
+    Responses,
+    Results,
+    RowCoefficients,
+    RowStats,
+    Targets,
+)
 from dcpo_kernels.presets import dcpo
 
 

@@ -378,9 +378,9 @@ def summarize(
         code = tl.load(clipped + at, mask=live, other=0)
         losses += tl.where(live, weight * tl.load(token_loss + at, mask=live, other=0.0), 0.0)
         reads += tl.where(live, 1.0, 0.0)
-        log_sum += tl.load(logprobs + at, mask=here, other=0.0)
+        log_sum += tl.load(logprobs + at, mask=live, other=0.0)
         if entropy is not None:
-            entropies += tl.load(entropy + at, mask=here, other=0.0)
+            entropies += tl.load(entropy + at, mask=live, other=0.0)
         ratios += tl.where(live, r, 0.0)
         kl += (r - 1) - tl.log(r)
         smallest = tl.where(live & ((r < smallest) | (r != r)), r, smallest)
@@ -395,7 +395,7 @@ def summarize(
     read = tl.sum(reads, 0)
     all_loss = tl.sum(losses, 0)
     tl.store(loss, all_loss)
-    tl.store(summary, all_loss)  # in the order of ops/records.py: Summary
+    tl.store(summary, all_loss)  # in the order of metrics.py: Summary
     tl.store(summary + 1, tl.sum(tokens, 0))
     tl.store(summary + 2, read)
     tl.store(summary + 3, tl.sum(log_sum, 0))

@@ -31,9 +31,7 @@ from dcpo_kernels import ops
 from dcpo_kernels.backends import triton as backend
 from dcpo_kernels.kernels import row as kernels
 from dcpo_kernels.objective import DIVERGENCES, SURROGATES, Objective
-from dcpo_kernels.ops.records import Options, Results, Rows, Tokens
-from dcpo_kernels.ops.row_gradient import RowCoefficients
-from dcpo_kernels.ops.row_stats import Targets
+from dcpo_kernels.ops.records import Options, Results, RowCoefficients, Rows, Targets, Tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Every surrogate and every divergence: what "decide" and the row kernel are compiled for.

@@ -25,6 +25,7 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "inverse_sqrt": partial(dk.inverse_sqrt, 0.02),
     "sapo": dk.sapo,
     "cispo": partial(dk.cispo, 1.3),
+    "icepop": partial(dk.icepop, 0.8, 1.25),
     "dppo-binary_tv": partial(dk.dppo, "binary_tv", 0.03),
     "dppo-binary_kl": partial(dk.dppo, "binary_kl", 0.01),
     "dppo-topk_tv": partial(dk.dppo, "topk_tv", 0.1),
@@ -39,6 +40,7 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "penalty-kl": partial(dk.dppo, "kl", (0.1, 0.15), penalty_coef=0.8),
 }
 CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "cispo": {0, 3}, "sapo": {0}}  # of `clipped`
+CODES |= {"icepop": {0, 4}}
 CODES |= {name: {0, 1, 2} for name in ("grpo", "dapo", "gspo", "inverse_sqrt")}
 CODES |= {name: {0, 4} for name in OBJECTIVES if name.startswith("dppo")}
 CODES |= {name: {0} for name in OBJECTIVES if name.startswith("penalty")}

@@ -15,10 +15,19 @@ import dcpo_kernels as dk
 from dcpo_kernels import ops
 from dcpo_kernels.backends import reference
 from dcpo_kernels.decide import binary_divergence
-from dcpo_kernels.ops.decide import RatioGroups, Read
-from dcpo_kernels.ops.records import Grouping, Options, Responses, Results, Rows, Tokens
-from dcpo_kernels.ops.row_gradient import RowCoefficients
-from dcpo_kernels.ops.row_stats import RowStats, Targets
+from dcpo_kernels.ops.records import (
+    Grouping,
+    Options,
+    RatioGroups,
+    Read,
+    Responses,
+    Results,
+    RowCoefficients,
+    Rows,
+    RowStats,
+    Targets,
+    Tokens,
+)
 
 LAYOUTS = ("packed", "row-stride", "sliced", "time-major")
 BACKENDS = ("reference", *KERNELS[:1])

@@ -17,8 +17,7 @@ import dcpo_kernels as dk
 from dcpo_kernels import backends, ops
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.objective import AGGREGATIONS
-from dcpo_kernels.ops.decide import RatioGroups, Read
-from dcpo_kernels.ops.records import Grouping, Responses, Results, Tokens
+from dcpo_kernels.ops.records import Grouping, RatioGroups, Read, Responses, Results, Tokens
 
 NAN, INF = float("nan"), float("inf")
 COMPILED = ["cpu"] if KERNELS else []
@@ -450,7 +449,7 @@ def test_what_the_compiled_module_is_passed():
     with pytest.raises(TypeError, match="argument count can't be 'many'"):
         _compiled.C.cpu_finish(**{**given, "count": "many"})
     like, g, values = token_weights_case("packed")
-    with pytest.raises(TypeError, match="values must be float32"):
+    with pytest.raises(TypeError, match=r"values must be torch.float32, got torch.float64"):
         ops.token_weights(like, *g, [values[0].double()], "cpu")
     with pytest.raises(TypeError, match="at most 4 values"):
         ops.token_weights(like, *g, values * 3, "cpu")

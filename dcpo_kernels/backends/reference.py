@@ -28,19 +28,22 @@ from dcpo_kernels.objective import (
 from dcpo_kernels.responses import response_weights
 
 if TYPE_CHECKING:
-    from dcpo_kernels.ops.decide import Decisions, RatioGroups, Read
-    from dcpo_kernels.ops.finish import Totals
     from dcpo_kernels.ops.records import (
         Coefficients,
+        Decisions,
         Grouping,
         Options,
+        RatioGroups,
+        Read,
         Responses,
         Results,
+        RowCoefficients,
         Rows,
+        RowStats,
+        Targets,
         Tokens,
+        Totals,
     )
-    from dcpo_kernels.ops.row_gradient import RowCoefficients
-    from dcpo_kernels.ops.row_stats import RowStats, Targets
 
 Temperature = float | Tensor  # one for all rows, or [N]
 
@@ -149,6 +152,11 @@ def _read_rows(x: Any, read: Tensor, nothing: float = 0.0) -> Any:
     return torch.where(read.view(-1, *[1] * (x.dim() - 1)), x, nothing)
 
 
+def _read_tokens(tokens: Tokens, read: Tensor, dtype: torch.dtype) -> Tokens:
+    values: list[Any] = [None if x is None else _read_rows(x, read).to(dtype) for x in tokens]
+    return type(tokens)(*values)
+
+
 @contextlib.contextmanager
 def _autograd(enabled: bool) -> Iterator[None]:
     """Autograd inside of an operator, which may run below autograd's keys of the dispatcher."""
@@ -175,27 +183,25 @@ def fused(
     ids = _read_rows(rows.target_ids, read, 0)
     topk = {"topk_ids": _read_rows(rows.topk_ids, read, 0)}
     topk["topk_logprobs"] = _read_rows(rows.topk_logprobs, read)
-    old, advantages, _, ref, importance = (
-        None if token is None else _read_rows(token, read).to(dtype) for token in tokens
-    )
+    tokens = _read_tokens(tokens, read, dtype)
     temperature = _temperature(rows.temperatures, read, options.temperature, dtype)
     with _autograd(gradient is not None):
         x.requires_grad_(gradient is not None)
         stats = softmax_stats(x, ids, temperature)
-        old = stats.logprobs.detach() if old is None else old
+        old = stats.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
         decision = decide_tokens(
             numbers,
             stats.logprobs,
             old,
-            advantages,
+            tokens.advantages,
             entropy=stats.entropy,
-            ref_logprobs=ref,
-            importance_weights=importance,
+            ref_logprobs=tokens.ref_logprobs,
+            importance_weights=tokens.importance_weights,
             divergence=divergence(
                 numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
             ),
         )
-        loss = (tokens.weights.view(-1).to(dtype) * decision.loss).sum()
+        loss = (tokens.weights * decision.loss).sum()
         dx = None if gradient is None else torch.autograd.grad(loss, x)[0]
     if gradient is not None and dx is not None:
         gradient.copy_(dx.view(logits.shape))
@@ -315,10 +321,8 @@ def decide(
     live = tokens.weights != 0
     dtype = read.logprobs.dtype
     logprobs, entropy = _read_rows(read.logprobs, live), _read_rows(read.entropy, live)
-    old, advantages, _, ref, importance = (
-        None if token is None else _read_rows(token, live).to(dtype) for token in tokens
-    )
-    old = logprobs if old is None else old
+    tokens = _read_tokens(tokens, live, dtype)
+    old = logprobs if tokens.old_logprobs is None else tokens.old_logprobs
     log_ratio = None
     if groups.by_response:
         # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t))
@@ -331,19 +335,20 @@ def decide(
         numbers,
         logprobs,
         old,
-        advantages,
+        tokens.advantages,
         entropy=entropy,
-        ref_logprobs=ref,
-        importance_weights=importance,
+        ref_logprobs=tokens.ref_logprobs,
+        importance_weights=tokens.importance_weights,
         log_ratio=log_ratio,
     )
     for result, values in zip(
         decisions, (decision.loss, decision.ratio, decision.clipped), strict=True
     ):
         result.copy_(_counted(values, live, 1 if values is decision.ratio else 0))
-    coefficients.g.copy_(_counted(decision.g, live) * tokens.weights)
+    weights = tokens.weights.view(live.shape)
+    coefficients.g.copy_(_counted(decision.g, live) * weights)
     if coefficients.h.numel():
-        coefficients.h.copy_(-numbers.entropy_coef * tokens.weights)
+        coefficients.h.copy_(-numbers.entropy_coef * weights)
 
 
 def _response_means(x: Tensor, offsets: Tensor, lengths: Tensor) -> Tensor:

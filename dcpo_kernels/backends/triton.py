@@ -16,19 +16,22 @@ from dcpo_kernels.backends.layout import row_count, row_strides
 
 if TYPE_CHECKING:
     from dcpo_kernels.objective import Numbers
-    from dcpo_kernels.ops.decide import Decisions, RatioGroups, Read
-    from dcpo_kernels.ops.finish import Totals
     from dcpo_kernels.ops.records import (
         Coefficients,
+        Decisions,
         Grouping,
         Options,
+        RatioGroups,
+        Read,
         Responses,
         Results,
+        RowCoefficients,
         Rows,
+        RowStats,
+        Targets,
         Tokens,
+        Totals,
     )
-    from dcpo_kernels.ops.row_gradient import RowCoefficients
-    from dcpo_kernels.ops.row_stats import RowStats, Targets
 
 kernels: Any = None
 response_kernels: Any = None

@@ -3,8 +3,6 @@ there. For objectives that look at a whole response first."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -12,28 +10,15 @@ from dcpo_kernels import backends
 from dcpo_kernels.decide import BINARY_KL
 from dcpo_kernels.objective import DIVERGENCES, Numbers
 from dcpo_kernels.ops.library import check_tensors, define
-from dcpo_kernels.ops.records import Coefficients, Tokens, schema_of, unpack
-
-
-class Read(NamedTuple):
-    """What was read of every row. [N] float32 (or float64)."""
-
-    logprobs: Tensor
-    entropy: Tensor | None  # needed where the objective has an entropy term
-
-
-class RatioGroups(NamedTuple):
-    """Which rows have one ratio."""
-
-    by_response: bool  # exp of the mean log-ratio over the response's tokens (GSPO), else per token
-    offsets: Tensor  # [R + 1] int64, as token_weights makes them
-    lengths: Tensor  # [R] int64
-
-
-class Decisions(NamedTuple):
-    token_loss: Tensor  # [N]
-    ratio: Tensor
-    clipped: Tensor  # int8
+from dcpo_kernels.ops.records import (
+    Coefficients,
+    Decisions,
+    RatioGroups,
+    Read,
+    Tokens,
+    schema_of,
+    unpack,
+)
 
 
 def _results(logprobs: Tensor, numbers: Numbers) -> tuple[Decisions, Coefficients]:

@@ -3,20 +3,10 @@ by."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from torch import Tensor
-
 from dcpo_kernels import backends
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.ops.library import check_tensors, define
-from dcpo_kernels.ops.records import Responses, Results, schema_of, unpack
-
-
-class Totals(NamedTuple):
-    loss: Tensor  # scalar: the sum of weight times token_loss
-    response_loss: Tensor  # [R] mean of token_loss over the response's tokens, 0 where it has none
-    summary: Tensor  # [len(Summary._fields)]
+from dcpo_kernels.ops.records import Responses, Results, Totals, schema_of, unpack
 
 
 def _totals(results: Results, responses: Responses) -> Totals:

@@ -48,6 +48,37 @@ class Results(NamedTuple):
     clipped: Tensor  # int8
 
 
+class Targets(NamedTuple):
+    """Which rows are read, and for what."""
+
+    target_ids: Tensor  # [N] int64
+    mask: Tensor | None  # [N] bool or uint8; the results of other rows are 0; None: all are read
+    temperatures: Tensor | None  # [N] float32; None: Options.temperature for all of them
+
+
+class RowStats(NamedTuple):
+    """lse = row_max / temperature + log_sum, in two parts: added up, a row shifted by 1e4 would
+    lose four digits. [N] float32, float64 for float64 logits."""
+
+    logprobs: Tensor
+    entropy: Tensor  # [0] unless asked for
+    row_max: Tensor
+    log_sum: Tensor
+
+
+class RowCoefficients(NamedTuple):
+    """dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]. [N] float32, float64 for float64
+    logits. A row with g = h = 0 is not read, its gradient is 0."""
+
+    target_ids: Tensor  # [N] int64
+    temperatures: Tensor | None  # None: the number `temperature` for all of them
+    row_max: Tensor
+    log_sum: Tensor
+    entropy: Tensor | None  # None where h is
+    g: Tensor
+    h: Tensor | None  # None: no entropy term
+
+
 class Grouping(NamedTuple):
     """Which rows form a response, and what its tokens weigh. R is the number of responses."""
 
@@ -74,11 +105,42 @@ class Responses(NamedTuple):
     lengths: Tensor  # [R] int64: tokens of each response that count
 
 
+class Value(NamedTuple):
+    values: Tensor  # [R] float32
+
+
+class Read(NamedTuple):
+    """What was read of every row. [N] float32 (or float64)."""
+
+    logprobs: Tensor
+    entropy: Tensor | None  # needed where the objective has an entropy term
+
+
+class RatioGroups(NamedTuple):
+    """Which rows have one ratio."""
+
+    by_response: bool  # exp of the mean log-ratio over the response's tokens (GSPO), else per token
+    offsets: Tensor  # [R + 1] int64, as token_weights makes them
+    lengths: Tensor  # [R] int64
+
+
+class Decisions(NamedTuple):
+    token_loss: Tensor  # [N]
+    ratio: Tensor
+    clipped: Tensor  # int8
+
+
 class Coefficients(NamedTuple):
     """The derivative of a row's loss times its weight. [N] float32, float64 for float64 logits."""
 
     g: Tensor  # in the target's log-probability
     h: Tensor  # in the entropy; [0] where there is no entropy term
+
+
+class Totals(NamedTuple):
+    loss: Tensor  # scalar: the sum of weight times token_loss
+    response_loss: Tensor  # [R] mean of token_loss over the response's tokens, 0 where it has none
+    summary: Tensor  # [len(Summary._fields)]
 
 
 _SCHEMA_TYPES = {

@@ -3,28 +3,12 @@ per row."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
 from dcpo_kernels.ops.library import check_places, check_scalar, check_tensors, define
-from dcpo_kernels.ops.records import schema_of, unpack
-
-
-class RowCoefficients(NamedTuple):
-    """dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]. [N] float32, float64 for float64
-    logits. A row with g = h = 0 is not read, its gradient is 0."""
-
-    target_ids: Tensor  # [N] int64
-    temperatures: Tensor | None  # None: the number `temperature` for all of them
-    row_max: Tensor
-    log_sum: Tensor
-    entropy: Tensor | None  # None where h is
-    g: Tensor
-    h: Tensor | None  # None: no entropy term
-
+from dcpo_kernels.ops.records import RowCoefficients, schema_of, unpack
 
 _SCHEMA = f"{schema_of(RowCoefficients)}, Tensor? factor, float temperature, str backend"
 

@@ -3,31 +3,11 @@ rows."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from dcpo_kernels import backends
 from dcpo_kernels.ops.library import check_ids, check_tensors, define
-from dcpo_kernels.ops.records import Options, result_dtype, schema_of, unpack
-
-
-class Targets(NamedTuple):
-    """Which rows are read, and for what."""
-
-    target_ids: Tensor  # [N] int64
-    mask: Tensor | None  # [N] bool or uint8; the results of other rows are 0; None: all are read
-    temperatures: Tensor | None  # [N] float32; None: Options.temperature for all of them
-
-
-class RowStats(NamedTuple):
-    """lse = row_max / temperature + log_sum, in two parts: added up, a row shifted by 1e4 would
-    lose four digits. [N] float32, float64 for float64 logits."""
-
-    logprobs: Tensor
-    entropy: Tensor  # [0] unless asked for
-    row_max: Tensor
-    log_sum: Tensor
+from dcpo_kernels.ops.records import Options, RowStats, Targets, result_dtype, schema_of, unpack
 
 
 def _results(logits: Tensor, options: Options) -> RowStats:

@@ -3,19 +3,13 @@ response to one per token."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
 from dcpo_kernels.ops.library import check_tensors, define
-from dcpo_kernels.ops.records import Grouping, Responses, schema_of, unpack
+from dcpo_kernels.ops.records import Grouping, Responses, Value, schema_of, unpack
 from dcpo_kernels.responses import check_totals
-
-
-class Value(NamedTuple):
-    values: Tensor  # [R] float32
 
 
 def _responses(shape, grouping: Grouping, device: torch.device) -> Responses:
