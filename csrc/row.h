@@ -82,12 +82,11 @@ DCPO_HD void write_idle(const FusedArgs& a, int64_t row) {
 // The scalars of a row that is read, loaded ahead of their use.
 struct RowInputs {
   int64_t target;
-  float temperature, weight, old_logprob, advantage, importance, ref_logprob;
+  float weight, old_logprob, advantage, importance, ref_logprob;
 };
 
 DCPO_HD RowInputs load_inputs(const FusedArgs& a, int64_t row) {
   return {a.target_ids[row],
-          temperature_of(a, row),
           a.weights[row],
           a.old_logprobs ? a.old_logprobs[row] : 0.0f,
           a.advantages[row],
@@ -134,8 +133,9 @@ template <bool kEntropy>
 DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs& in, const Sums& s,
                                float target_logit, float divergence, bool writes) {
   if (!in_vocabulary(in.target, a.vocab)) target_logit = NAN;
+  const float temperature = temperature_of(a, row);  // not in RowInputs: a register less
   Token t;
-  t.logprob = logprob_of(s, target_logit, in.temperature);
+  t.logprob = logprob_of(s, target_logit, temperature);
   t.old_logprob = old_logprob_of(a, in, t.logprob);
   t.advantage = in.advantage;
   t.importance = in.importance;
@@ -152,7 +152,7 @@ DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs&
     a.clipped[row] = d.clipped;
   }
   RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * d.h, s.row_max,
-                                            log_sum_of(s), t.entropy, in.temperature);
+                                            log_sum_of(s), t.entropy, temperature);
   c.divergence_coef = in.weight * d.divergence_coef;
   return c;
 }

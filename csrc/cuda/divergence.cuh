@@ -30,12 +30,12 @@ __device__ float topk_divergence(const FusedArgs& a, int64_t row, const T* x, co
   }
   const bool listed = block.total(sampled ? 1.0f : 0.0f) > 0.0f;
   if (thread == k && !listed) {
-    const float logp = logprob_of(sums, target_logit, in.temperature);
+    const float logp = logprob_of(sums, target_logit, temperature_of(a, row));
     mine = {true, in.target, target_logit, old_logprob_of(a, in, logp)};
   }
   float term = 0.0f, p = 0.0f, q = 0.0f;
   if (mine.there) {
-    const float logp = logprob_of(sums, mine.logit, in.temperature);
+    const float logp = logprob_of(sums, mine.logit, temperature_of(a, row));
     term = topk_term(kind, logp, mine.old_logprob);
     p = expf(logp);
     q = expf(mine.old_logprob);

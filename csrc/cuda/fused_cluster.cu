@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (write.round == 0) {
       hopper::wait(totals + decided_part, decided_phase);
-      const float scale = kLog2E / inputs.temperature;
+      const float scale = kLog2E / temperature_of(a, write.row);
       Sums total;
       float total_target = 0.0f;
       for (int i = lane; i < warps; i += 32) {  // always in this order

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) fused_streaming(const FusedArg
     if (skip_idle(a, row, dx)) continue;
     const T* x = row_of<T>(a.logits, row);
     const RowInputs in = load_inputs(a, row);
-    const float scale = kLog2E / in.temperature;
+    const float scale = kLog2E / temperature_of(a, row);
     // Before the barrier of the total: after it the row may be overwritten.
     const float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
     const Sums sums = block.total<kEntropy>(read_row<kEntropy>(x, vocab, scale), scale);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kDivergenceThreads, 1) fused_divergence(const 
     if (skip_idle(a, row, dx)) continue;
     const T* x = row_of<const T>(a.logits, row);
     const RowInputs in = load_inputs(a, row);
-    const float scale = kLog2E / in.temperature;
+    const float scale = kLog2E / temperature_of(a, row);
     float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
     const Sums sums = block.total<true>(read_row<true>(x, vocab, scale), scale);
     OldRow old = old_row_of(a, row);
