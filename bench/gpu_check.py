@@ -93,6 +93,11 @@ def fastest(path: Path) -> list[str]:
     return [min(ours)[1], str(rows[0]["tokens"]), str(rows[0]["vocab"])] if ours else []
 
 
+def _hear_interrupts() -> None:
+    """A shell ignores them for what it starts in the background, and who inherits that is deaf."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(section: Section, limit: float, env: dict[str, str]) -> dict[str, Any]:
     """Its exit status (None: it was stopped), its time, and the end of what it said. No process of
     it is left."""
@@ -102,6 +107,7 @@ def run(section: Section, limit: float, env: dict[str, str]) -> dict[str, Any]:
         process = subprocess.Popen(
             ["bash", "-c", section.command], cwd=ROOT, env={**env, TAG: tag}, stdout=log,
             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=_hear_interrupts,
         )  # fmt: skip
         try:
             process.wait(limit)

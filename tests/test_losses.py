@@ -759,11 +759,16 @@ def test_a_shifted_row_is_the_same_row(objective, batch, data, use_backend):
 def test_tokens_that_do_not_count_have_no_influence(objective, batch, garbage, use_backend):
     p = problem(objective, layout="padded", importance="token", **batch)
     out, gradient = p.run(backend=use_backend, with_entropy=True)
-    p.base = torch.where(p.counts[..., None], p.base, garbage)
+
+    def garbage_of(dtype):
+        if not dtype.is_floating_point:
+            return 2**40
+        return garbage if garbage != -1e30 else max(garbage, torch.finfo(dtype).min)
+
+    p.base = torch.where(p.counts[..., None], p.base, garbage_of(p.base.dtype))
     other = {
         key: x.masked_fill(
-            ~p.counts.view(*p.counts.shape, *[1] * (x.dim() - 2)),
-            garbage if x.is_floating_point() else 2**40,
+            ~p.counts.view(*p.counts.shape, *[1] * (x.dim() - 2)), garbage_of(x.dtype)
         )
         for key, x in p.arguments.items()
         if torch.is_tensor(x) and x.shape[:2] == p.counts.shape and key != "mask"
