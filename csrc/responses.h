@@ -32,13 +32,13 @@ constexpr int kMaxValues = 4;              // advantages, importance weights, te
 struct Grouping {
   const uint8_t* mask;
   const int64_t* lengths;
-  const int64_t* response_lengths;  // tokens of the whole response; null: all of them are here
-  const float* weights;             // [rows], in the place of the aggregation's
   int aggregation;
   int64_t num_responses, num_tokens, max_length;
   const float *num_responses_on_device, *num_tokens_on_device, *max_length_on_device;
   const float* skip_zero;
   bool skip_by_response, skip_whole_responses;
+  const int64_t* response_lengths;  // tokens of the whole response; null: all of them are here
+  const float* weights;             // [rows], in the place of the aggregation's
 };
 
 struct Responses {

@@ -102,7 +102,7 @@ MISTAKES = {
     "objective a name": (PACKED, {"objective": "dcpo"}, TypeError, "objective dcpo() 'dcpo'"),
     # which tokens belong together
     "no grouping": (PACKED, {"lengths": GONE}, ValueError, "mask lengths neither"),
-    "both groupings": (PADDED, {"lengths": [6]}, ValueError, "mask lengths both"),
+    "lengths of padded logits": (PADDED, {"lengths": [6]}, ValueError, "lengths packed padded"),
     "mask with packed": (
         PACKED,
         {"lengths": GONE, "mask": torch.ones(N)},
