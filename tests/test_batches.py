@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import on_backends
+from backends import on_backends
 from problems import OBJECTIVES, assert_matches, problem
 
 import dcpo_kernels as dk

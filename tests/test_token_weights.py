@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import golden
 import pytest
 import torch
-from conftest import load_golden, on_backends
+from backends import on_backends
 
 import dcpo_kernels as dk
 from dcpo_kernels.objective import AGGREGATIONS
 from dcpo_kernels.responses import response_weights
 
-CASES = load_golden("aggregation.json")["cases"]
+CASES = golden.load("aggregation.json")["cases"]
 
 
 def expected(case):
