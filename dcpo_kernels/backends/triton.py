@@ -313,6 +313,8 @@ def token_weights(
         (
             None if grouping.mask is None else grouping.mask.view(torch.uint8),
             grouping.lengths,
+            grouping.response_lengths,
+            grouping.weights,
             _number(grouping.num_responses),
             _number(grouping.num_tokens),
             _number(grouping.max_length),
@@ -387,10 +389,10 @@ def finish(results: records.Results, responses: records.Responses, totals: recor
             results.ratio,
             results.clipped,
             responses.weights,
+            responses.mask.view(torch.uint8),
             responses.offsets,
             responses.lengths,
             *totals,
             results.token_loss.numel(),
-            count,
         ),
     )
