@@ -213,7 +213,7 @@ class SmoothAdvantage:
             )
         self.ddof = _check_ddof(ddof)
         self.max_prompts = max_prompts
-        self._seen: dict[Hashable, _History] = {}  # least recently visited first
+        self._seen: dict[Hashable, _History] = {}  # bounded: least recently visited first
 
     def __len__(self) -> int:
         """Prompts remembered."""
@@ -265,7 +265,8 @@ class SmoothAdvantage:
     def _remember(self, visited: Iterable[tuple[Hashable, _History]]) -> None:
         """Replaces what is known of these prompts, and forgets what exceeds max_prompts."""
         for prompt, history in visited:
-            self._seen.pop(prompt, None)  # a dict keeps its order: this one goes to the end
+            if self.max_prompts is not None:
+                self._seen.pop(prompt, None)  # to the end of the dict, which keeps its order
             self._seen[prompt] = history
         excess = 0 if self.max_prompts is None else len(self._seen) - self.max_prompts
         for prompt in list(islice(self._seen, max(excess, 0))):
