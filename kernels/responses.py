@@ -1,5 +1,5 @@
-"""The operators around the vocabulary kernel in Triton, one launch each: some bytes per row and
-response, where the vocabulary kernel moves hundreds of thousands.
+"""The operators around the vocabulary kernel in Triton, one launch each. They move some bytes per
+row and response; the vocabulary kernel moves hundreds of thousands per row.
 
 token_weights is one program, since each weight waits for the counts of the whole call; so is the
 summary of finish. csrc/cuda/responses.cu has the model of what that costs. Sums have a fixed order.
@@ -9,15 +9,8 @@ import triton
 import triton.language as tl
 
 from dcpo_kernels import objective as objectives
-from dcpo_kernels.kernels.decide import (
-    CLIP_CAP,
-    CLIP_HIGH,
-    CLIP_LOW,
-    CLIP_REGION,
-)
-from dcpo_kernels.kernels.decide import (
-    decide as decide_tokens,
-)
+from dcpo_kernels.kernels.decide import CLIP_CAP, CLIP_HIGH, CLIP_LOW, CLIP_REGION
+from dcpo_kernels.kernels.decide import decide as decide_tokens
 from dcpo_kernels.kernels.tiles import kernel
 
 ONLY_TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("only-token-mean"))
@@ -74,7 +67,7 @@ def count_tokens(mask, rows, here):
 
 @triton.jit
 def live_rows(skip_zero, responses, rows, counted, BY_RESPONSE: tl.constexpr):
-    """Which of those that count skip_zero lets be read."""
+    """Those of the rows that count which skip_zero leaves to be read."""
     if skip_zero is not None:
         at = tl.broadcast_to(responses[:, None], rows.shape) if BY_RESPONSE else rows
         counted = tl.load(skip_zero + at, mask=counted, other=0.0) != 0
@@ -83,7 +76,7 @@ def live_rows(skip_zero, responses, rows, counted, BY_RESPONSE: tl.constexpr):
 
 @triton.jit
 def total(given, on_device, counted):
-    """Of the whole batch; NaN for one that can't be, as it is less than what is counted here."""
+    """Of the whole batch; NaN if it is not > 0 or smaller than what is counted in this call."""
     here = counted.to(tl.float32)
     whole = here
     if on_device is not None:
