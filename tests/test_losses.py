@@ -85,7 +85,8 @@ def test_values_and_gradient(number, use_backend):
 def test_settings_meet_in_pairs():
     for objective in OBJECTIVES:
         met = [case for case in SETTINGS if case["objective"] == objective]
-        for key, count in (("aggregation", 5), ("layout", 5), ("dtype", 3), ("temperature", 5)):
+        counts = {"aggregation": len(AGGREGATIONS), "layout": 5, "dtype": 3, "temperature": 5}
+        for key, count in counts.items():
             assert len({case[key] for case in met}) == count
 
 
