@@ -22,9 +22,9 @@ enum Aggregation : int {  // places in objective.AGGREGATIONS
   kSeqMeanTokenSumNorm,
   kSeqMeanTokenSum
 };
-constexpr const char* kAggregations[] = {"only-token-mean", "seq-mean-token-mean", "token-mean",
-                                         "token-sum", "seq-mean-token-sum-norm",
-                                         "seq-mean-token-sum"};
+constexpr const char* kAggregations[] = {
+    "only-token-mean", "seq-mean-token-mean",     "token-mean",
+    "token-sum",       "seq-mean-token-sum-norm", "seq-mean-token-sum"};
 
 constexpr int64_t kAsCounted = INT64_MIN;  // a total that nobody gave
 constexpr int kMaxValues = 4;              // advantages, importance weights, temperatures, one more

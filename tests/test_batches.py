@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import on_backends
+from backends import CPU, GPU, SLOW, on_backends
 from problems import OBJECTIVES, assert_matches, problem
 
 import dcpo_kernels as dk
@@ -40,7 +40,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-7)
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("leading", [False, True], ids=["N", "1xN"])
 @pytest.mark.parametrize("name", SOME)
 def test_packed_rows_with_a_mask(use_backend, name, leading):
@@ -71,7 +71,7 @@ def test_packed_rows_with_a_mask(use_backend, name, leading):
     assert dk.summarize(out)["tokens"] == keep.sum()
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_responses_cut_into_parts(use_backend, aggregation, name):
@@ -94,7 +94,7 @@ def test_responses_cut_into_parts(use_backend, aggregation, name):
     close(gradient, want)
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", SOME)
 def test_weights_of_ones_own(use_backend, name, layout):
@@ -113,7 +113,7 @@ def test_weights_of_ones_own(use_backend, name, layout):
     assert torch.equal(out.mask, sums.mask)
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])
 def test_entropy_weights(use_backend, name):
     """The entropy term has weights of its own, whatever the aggregation is."""
@@ -133,7 +133,7 @@ def test_entropy_weights(use_backend, name):
         p.run(entropy_weights=own, backend=use_backend)
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_tokens_that_are_not_finite(use_backend, layout):
     p = problem(dk.dcpo(), lengths=LENGTHS, layout=layout)
@@ -154,7 +154,7 @@ FROM_LOGPROBS = [name for name in OBJECTIVES if not OBJECTIVES[name]().needs_top
 FROM_LOGPROBS = [name for name in FROM_LOGPROBS if not OBJECTIVES[name]().needs_old_logits]
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", FROM_LOGPROBS)
 def test_from_logprobs(use_backend, name, layout):

@@ -191,10 +191,11 @@ def decide_case(lengths: Tensor, by_response: bool = False, rest: int = 0, drift
         weights=weights,
         ref_logprobs=logprobs + torch.randn(rows),
         importance_weights=torch.rand(rows) + 0.5,
+        log_ratio=None if by_response else 0.1 * torch.randn(rows),
+        entropy_weights=torch.rand(rows) + 0.5,
     )
     unread = torch.rand(rows) < 0.3
-    for x in (logprobs, *tokens):
-        assert x is not None
+    for x in filter(torch.is_tensor, (logprobs, *tokens)):
         x[unread] = NAN
     weights[unread] = 0.0
     offsets = torch.cat([integers(0), lengths.cumsum(0)])
@@ -234,7 +235,7 @@ def test_decide_without_what_is_optional(name, by_response, backend):
     objective = DECIDED[name]
     read, tokens, groups = decide_case(integers(20, 9), by_response)
     read = read._replace(entropy=None)
-    tokens = tokens._replace(ref_logprobs=None, importance_weights=None)
+    tokens = Tokens(*tokens[:3], None, None)
     arguments = objective.numbers, groups
     assert_decides_as_the_reference(backend, read, tokens, *arguments)
     tokens = tokens._replace(old_logprobs=None)
@@ -296,7 +297,7 @@ def finish_case(lengths: Tensor, rest: int = 0, with_entropy: bool = True):
     rows = int(lengths.sum()) + rest
     weights = torch.where(torch.rand(rows) < 0.7, torch.rand(rows), 0.0)
     read = weights != 0
-    counted = read | (torch.rand(rows) < 0.5)
+    counted = (read | (torch.rand(rows) < 0.5)) & (torch.arange(rows) < rows - rest)
     results = Results(
         token_loss=torch.randn(rows) * read,
         logprobs=-torch.rand(rows) * read,
@@ -370,7 +371,7 @@ def test_a_response_is_the_same_bits_alone_and_among_others(backend):
 
     rows = slice(900 + int(MANY[:40].sum()), None)  # of the last response
     read = Read(*(x[rows] for x in read if x is not None))
-    tokens = Tokens(*(x[rows] for x in tokens if x is not None))
+    tokens = Tokens(*(None if x is None else x[rows] for x in tokens))
     groups = RatioGroups(True, integers(0, 2100), integers(2100))
     assert_same(
         ops.decide(*read, *tokens, *numbers, *groups, backend), tuple(x[rows] for x in decided)

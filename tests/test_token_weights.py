@@ -47,7 +47,9 @@ def test_golden_holds_every_aggregation():
 def test_token_sums_over_responses():
     weights = dk.token_weights([2, 0, 1], "seq-mean-token-sum")
     assert weights.tolist() == [0.5, 0.5, 0.5]
-    assert dk.token_weights([2, 0, 1], "seq-mean-token-sum", num_responses=8).tolist() == [1 / 8] * 3
+    assert (
+        dk.token_weights([2, 0, 1], "seq-mean-token-sum", num_responses=8).tolist() == [1 / 8] * 3
+    )
 
 
 INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)

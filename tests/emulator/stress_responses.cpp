@@ -124,6 +124,7 @@ void run() {
   const Objective numbers{kClip,    kNone,    0.2f, 0.2f, INFINITY, INFINITY,
                           INFINITY, INFINITY, 0.1f, 0.1f, 0.0f};
   const bool decided_by_response = coin(), with_old = pick(0, 3) > 0, with_importance = coin();
+  const bool with_log_ratio = coin(), with_entropy_weights = coin();
   auto decide = [&](Out& o) {
     return DecideArgs{rows,
                       count,
@@ -134,8 +135,8 @@ void run() {
                       wanted.weights.data(),
                       old.data(),
                       with_importance ? advantages.data() : nullptr,
-                      coin() ? old.data() : nullptr,
-                      coin() ? advantages.data() : nullptr,
+                      with_log_ratio ? old.data() : nullptr,
+                      with_entropy_weights ? advantages.data() : nullptr,
                       numbers,
                       decided_by_response,
                       wanted.offsets.data(),
