@@ -4,6 +4,7 @@ logits."""
 from dcpo_kernels._version import __version__
 from dcpo_kernels.advantages import SmoothAdvantage, group_advantage, overlong_punishment
 from dcpo_kernels.critic import gae, value_loss
+from dcpo_kernels.function import TokenValues
 from dcpo_kernels.losses import (
     PolicyLoss,
     policy_loss,
@@ -32,6 +33,7 @@ __all__ = [
     "Objective",
     "PolicyLoss",
     "SmoothAdvantage",
+    "TokenValues",
     "__version__",
     "bnpo",
     "cispo",

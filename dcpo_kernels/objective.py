@@ -6,9 +6,10 @@ decide.py is the formula that reads them; presets.py has one line per paper.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The place of a name is the code that kernels know it by (csrc/decide.h, kernels/decide.py).
 SURROGATES = (
@@ -76,6 +77,8 @@ class Objective:
     penalty_coef: not 0: instead of that mask, penalty_coef * max(D - limit, 0) is added to the
         token's loss, with limit_low where A < 0 and limit_high elsewhere. Any surrogate may have
         it. Importance weights don't multiply it.
+    function: the token's loss in the place of everything here but the aggregation, from
+        `TokenValues`.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Objective:
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
     penalty_coef: float = 0.0
+    function: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -158,6 +162,13 @@ class Objective:
                 f"ratio_level='sequence' responses"
             )
 
+        if self.function is not None:
+            if replace(self, function=None) != Objective(self.name, aggregation=self.aggregation):
+                raise ValueError(
+                    f"{self.name}: a function is the whole loss of a token: with it an objective "
+                    "has an aggregation and nothing else"
+                )
+
     @property
     def numbers(self) -> Numbers:
         return Numbers(
@@ -169,7 +180,12 @@ class Objective:
     @property
     def pulls_without_advantage(self) -> bool:
         """Whether a token of advantage 0 may have a gradient."""
-        return self.kl_coef != 0 or self.entropy_coef != 0 or self.penalty_coef != 0
+        return (
+            self.function is not None
+            or self.kl_coef != 0
+            or self.entropy_coef != 0
+            or self.penalty_coef != 0
+        )
 
     @property
     def needs_topk(self) -> bool:
