@@ -28,6 +28,7 @@ from dcpo_kernels.presets import (
     sapo,
 )
 from dcpo_kernels.responses import token_weights
+from dcpo_kernels.rollout import rollout_mask, rollout_weights
 
 __all__ = [
     "Objective",
@@ -52,6 +53,8 @@ __all__ = [
     "policy_loss_from_logprobs",
     "ppo",
     "response_utilization_ratio",
+    "rollout_mask",
+    "rollout_weights",
     "sapo",
     "selected_logprobs",
     "summarize",

@@ -162,12 +162,12 @@ class Objective:
                 f"ratio_level='sequence' responses"
             )
 
-        if self.function is not None:
-            if replace(self, function=None) != Objective(self.name, aggregation=self.aggregation):
-                raise ValueError(
-                    f"{self.name}: a function is the whole loss of a token: with it an objective "
-                    "has an aggregation and nothing else"
-                )
+        bare = {"name": self.name, "aggregation": self.aggregation}
+        if self.function is not None and replace(self, function=None) != Objective(**bare):
+            raise ValueError(
+                f"{self.name}: a function is the whole loss of a token: with it an objective has "
+                "an aggregation and nothing else"
+            )
 
     @property
     def numbers(self) -> Numbers:

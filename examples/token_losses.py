@@ -35,8 +35,8 @@ def clip_cov(share=2e-4, low=1.0, high=5.0):
 
 
 def kl_cov(share=2e-4, coef=1.0):
-    """The ratio without a clip, and |log r| as a penalty on the share of the tokens with the largest
-    covariance."""
+    """The ratio without a clip, and |log r| as a penalty on the share of the tokens whose
+    covariance is largest."""
 
     def loss(t):
         moved = t.logprobs - t.old_logprobs

@@ -99,7 +99,7 @@ def test_mistakes():
     p = problem(dk.dapo(), lengths=LENGTHS)
     with pytest.raises(ValueError, match=r"one loss per token, shape \[24\], got \[\]"):
         p.run(objective=lambda t: t.logprobs.sum())
-    with pytest.raises(TypeError, match="objective must be an Objective .* or a function"):
+    with pytest.raises(TypeError, match=r"objective must be an Objective .* or a function"):
         p.run(objective="dapo")
     with pytest.raises(ValueError, match="a function is the whole loss of a token"):
         dk.Objective("mine", function=dapo, kl_coef=0.1)
