@@ -70,9 +70,10 @@ void fill(Args& args, const Field<Args> (&table)[n], const py::dict& given) {
 
 #define FIELD(name) DCPO_FIELD(Objective, name)
 inline const Field<Objective> kObjectiveFields[] = {
-    FIELD(surrogate), FIELD(divergence),   FIELD(eps_low),      FIELD(eps_high),
-    FIELD(ratio_max), FIELD(ratio_cap),    FIELD(limit_low),    FIELD(limit_high),
-    FIELD(kl_coef),   FIELD(entropy_coef), FIELD(penalty_coef),
+    FIELD(surrogate), FIELD(divergence),  FIELD(kl_estimator), FIELD(old_kl_estimator),
+    FIELD(eps_low),   FIELD(eps_high),    FIELD(ratio_max),    FIELD(ratio_cap),
+    FIELD(floor_low), FIELD(floor_high),  FIELD(limit_low),    FIELD(limit_high),
+    FIELD(kl_coef),   FIELD(old_kl_coef), FIELD(entropy_coef), FIELD(penalty_coef),
 };
 #undef FIELD
 
@@ -233,6 +234,7 @@ inline void objective(py::module_& m) {
   };
   names("SURROGATES", kSurrogates);
   names("DIVERGENCES", kDivergences);
+  names("KL_ESTIMATORS", kKlEstimators);
   names("CLIPPED", kClipped);
   names("AGGREGATIONS", kAggregations);
   py::class_<Objective>(m, "Objective", py::module_local())

@@ -24,8 +24,15 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "gspo": partial(dk.gspo, 0.05, 0.08),
     "inverse_sqrt": partial(dk.inverse_sqrt, 0.02),
     "sapo": dk.sapo,
-    "cispo": partial(dk.cispo, 1.3),
+    "cispo": partial(dk.cispo, 1.3, 0.8),
     "icepop": partial(dk.icepop, 0.8, 1.25),
+    # A test that adds a KL term has another estimator of it with each of these.
+    "ipo": partial(dk.ipo, 0.03, 0.1, kl_estimator="k1"),
+    "up": partial(dk.up, 0.2, 1.4, kl_estimator="abs"),
+    "spo": partial(dk.spo, 0.3, kl_estimator="k2"),
+    "drpo": partial(dk.drpo, 0.1, old_kl_coef=0.2, old_kl_estimator="k3_unbiased"),
+    "topr": partial(dk.topr, old_kl_coef=0.1, old_kl_estimator="abs"),
+    "reinforce": partial(dk.reinforce, kl_estimator="k3_unbiased"),
     "dppo-binary_tv": partial(dk.dppo, "binary_tv", 0.03),
     "dppo-binary_kl": partial(dk.dppo, "binary_kl", 0.01),
     "dppo-topk_tv": partial(dk.dppo, "topk_tv", 0.1),
@@ -39,8 +46,9 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "penalty-tv": partial(dk.ppo, **PENALTY, divergence="tv"),
     "penalty-kl": partial(dk.dppo, "kl", (0.1, 0.15), penalty_coef=0.8),
 }
-CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "cispo": {0, 3}, "sapo": {0}}  # of `clipped`
-CODES |= {"icepop": {0, 4}}
+CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "sapo": {0}}  # of `clipped`
+CODES |= {"cispo": {0, 2, 3}, "icepop": {0, 4}, "ipo": {0, 4}, "up": {0, 2, 3}, "topr": {0, 3}}
+CODES |= {"spo": {0}, "drpo": {0}, "reinforce": {0}}
 CODES |= {name: {0, 1, 2} for name in ("grpo", "dapo", "gspo", "inverse_sqrt")}
 CODES |= {name: {0, 4} for name in OBJECTIVES if name.startswith("dppo")}
 CODES |= {name: {0} for name in OBJECTIVES if name.startswith("penalty")}
@@ -195,12 +203,22 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
         objective.aggregation,
         max_length=arguments["max_length"],
     )
-    g = per_token(arguments["advantages"]).abs() * expected.ratio
+    ratio = expected.ratio
+    if objective.surrogate == "reinforce-clip" or objective.floor_high:
+        ratio = ratio.clamp(min=max(objective.floor_high, 1))  # some weigh as much, whatever it is
+    g = per_token(arguments["advantages"]).abs() * ratio
+    if "quadratic" in objective.surrogate:
+        g = g * (1 + (1 + ratio) / objective.eps_high)
     if "importance_weights" in arguments:
         g = g * per_token(arguments["importance_weights"])
-    if objective.kl_coef:
-        d = per_token(arguments["ref_logprobs"]) - expected.logprobs
-        g = g + objective.kl_coef * (1 + d.clamp(-20, 20).exp())
+    for kl, anchor in (("kl", "ref_logprobs"), ("old_kl", "old_logprobs")):
+        if not getattr(objective, f"{kl}_coef"):
+            continue
+        d = (per_token(arguments[anchor]) - expected.logprobs).clamp(-20, 20)
+        estimator = getattr(objective, f"{kl}_estimator")
+        slope = 1 + d.exp() + (0 if estimator == "k3" else d.abs())
+        factor = expected.ratio if estimator == "k3_unbiased" else 1
+        g = g + getattr(objective, f"{kl}_coef") * slope * factor
     if objective.penalty_coef:
         not_p = -torch.expm1(expected.logprobs)  # a penalty pulls with up to 1 + p / (1 - p)
         g = g + objective.penalty_coef * (1 + 1 / not_p.clamp(min=1e-3))

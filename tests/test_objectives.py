@@ -20,6 +20,7 @@ from dcpo_kernels.objective import (
     CLIP_REGION,
     CLIPPED,
     DIVERGENCES,
+    KL_ESTIMATORS,
     MAX_LOG_RATIO,
     SURROGATES,
 )
@@ -37,6 +38,15 @@ PRESETS = {
     "inverse_sqrt": (dk.inverse_sqrt(), {"surrogate": "inverse-sqrt-clip",
                                          "aggregation": "only-token-mean"}),
     "cispo": (dk.cispo(), {"surrogate": "reinforce", "ratio_cap": 5.0}),
+    "reinforce": (dk.reinforce(), {"surrogate": "reinforce", "ratio_cap": 1.0, "floor_low": 1.0,
+                                   "floor_high": 1.0}),
+    "topr": (dk.topr(), {"surrogate": "reinforce", "ratio_cap": 1.0, "floor_high": 1.0}),
+    "ipo": (dk.ipo(), {"surrogate": "ratio-mask", "eps_low": 1.0, "eps_high": INF,
+                       "divergence": "binary_tv", "limit_low": 0.1, "limit_high": 0.1,
+                       "old_kl_coef": 0.002, "old_kl_estimator": "k2"}),
+    "up": (dk.up(), {"surrogate": "reinforce-clip", "eps_high": INF, "ratio_cap": 3.0}),
+    "spo": (dk.spo(), {"surrogate": "quadratic"}),
+    "drpo": (dk.drpo(), {"surrogate": "dynamic-quadratic", "eps_low": 12.5, "eps_high": 12.5}),
     "icepop": (dk.icepop(), {"surrogate": "ratio-mask", "eps_low": 0.5, "eps_high": 4.0}),
     "sapo": (dk.sapo(), {"surrogate": "soft-gate", "eps_low": 1.05, "eps_high": 1.0,
                          "aggregation": "seq-mean-token-mean"}),
@@ -45,8 +55,10 @@ PRESETS = {
 }  # fmt: skip
 DEFAULTS = {
     "surrogate": "clip", "eps_low": 0.2, "eps_high": 0.2, "ratio_max": INF, "ratio_cap": INF,
-    "ratio_level": "token", "divergence": "none", "limit_low": INF, "limit_high": INF,
-    "aggregation": "token-mean", "kl_coef": 0.0, "entropy_coef": 0.0, "penalty_coef": 0.0,
+    "floor_low": 0.0, "floor_high": 0.0, "ratio_level": "token", "divergence": "none",
+    "limit_low": INF, "limit_high": INF, "aggregation": "token-mean",
+    "kl_coef": 0.0, "kl_estimator": "k3", "old_kl_coef": 0.0, "old_kl_estimator": "k3",
+    "entropy_coef": 0.0, "penalty_coef": 0.0,
 }  # fmt: skip
 
 
@@ -100,7 +112,24 @@ def test_every_preset_takes_parts_and_is_frozen(make):
         ({"surrogate": "reinforce", "divergence": "tv", "limit_low": -1}, "limit_low=-1 must"),
         ({"ratio_max": 0.9}, "ratio_max=0.9 must be >= 1"),
         ({"ratio_cap": math.nan}, "ratio_cap=nan must be >= 1"),
+        (
+            {"surrogate": "reinforce", "ratio_cap": 0.9, "floor_high": 1},
+            "ratio_cap=0.9 must be >= 1",
+        ),
+        ({"surrogate": "reinforce", "floor_low": -0.1}, "floor_low=-0.1 must be >= 0"),
+        ({"floor_low": 0.1}, "a floor is of the weight of surrogate='reinforce'"),
+        ({"kl_estimator": "k4"}, "kl_estimator='k4' is not one of k1, k2, k3, abs"),
+        ({"old_kl_estimator": "mse"}, "old_kl_estimator='mse' is not one of k1, k2"),
         ({"kl_coef": INF}, "kl_coef=inf must be finite"),
+        ({"old_kl_coef": math.nan}, "old_kl_coef=nan must be finite"),
+        (
+            {"ratio_level": "sequence", "kl_coef": 0.1, "kl_estimator": "k3_unbiased"},
+            "kl_estimator='k3_unbiased' takes the ratio of each token",
+        ),
+        (
+            {"ratio_level": "sequence", "old_kl_coef": 0.1, "old_kl_estimator": "k3_unbiased"},
+            "old_kl_estimator='k3_unbiased' takes the ratio of each token",
+        ),
         ({"entropy_coef": math.nan}, "entropy_coef=nan must be finite"),
         ({"penalty_coef": INF}, "penalty_coef=inf must be finite"),
         ({"penalty_coef": 0.1}, "penalty_coef=0.1 needs a divergence to penalize"),
@@ -108,8 +137,9 @@ def test_every_preset_takes_parts_and_is_frozen(make):
             {"ratio_level": "sequence", "divergence": "tv", "penalty_coef": 0.1},
             "divergence='tv' compares tokens",
         ),
-        ({"surrogate": "soft-gate", "eps_low": 0.0}, "soft gate must be > 0"),
-        ({"divergence": "tv"}, "divergence mask goes with surrogate='reinforce'"),
+        ({"surrogate": "soft-gate", "eps_low": 0.0}, "eps_low=0.0 and eps_high=0.2 must be > 0"),
+        ({"surrogate": "quadratic", "eps_high": 0.0}, "surrogate='quadratic', which divides by"),
+        ({"divergence": "tv"}, "divergence mask goes with surrogate='reinforce' or 'ratio-mask'"),
         ({"limit_low": 0.1}, "a limit needs a divergence"),
         ({"surrogate": "reinforce", "ratio_max": 5.0}, "ratio_max bounds a clip"),
         (
@@ -117,8 +147,10 @@ def test_every_preset_takes_parts_and_is_frozen(make):
             "ratio_cap has no place in surrogate='soft-gate'",
         ),
         ({"surrogate": "ratio-mask", "ratio_cap": 5.0}, "ratio_cap has no place in"),
+        ({"surrogate": "quadratic", "ratio_cap": 5.0}, "ratio_cap has no place in"),
         ({"surrogate": "ratio-mask", "ratio_max": 5.0}, "ratio_max bounds a clip"),
         ({"surrogate": "dynamic-clip", "ratio_level": "sequence"}, "bounds per token"),
+        ({"surrogate": "dynamic-quadratic", "ratio_level": "sequence"}, "bounds per token"),
         (
             {"surrogate": "reinforce", "divergence": "tv", "ratio_level": "sequence"},
             "compares tokens",
@@ -138,8 +170,11 @@ def test_numbers_of_an_objective():
         assert dk.Objective("x", surrogate).numbers.surrogate == i
     for i, divergence in enumerate(DIVERGENCES[1:], 1):
         assert dk.dppo(divergence).numbers.divergence == i
+    for i, estimator in enumerate(KL_ESTIMATORS):
+        numbers = dk.grpo(kl_estimator=estimator, old_kl_estimator=KL_ESTIMATORS[i - 1]).numbers
+        assert numbers.kl_estimator == i == (numbers.old_kl_estimator + 1) % len(KL_ESTIMATORS)
     numbers = dk.Objective("x", "clip", 0.1, 0.2, 3, 4, kl_coef=0.5, entropy_coef=0.6).numbers
-    assert numbers == (0, 0, 0.1, 0.2, 3, 4, INF, INF, 0.5, 0.6, 0.0)
+    assert numbers == (0, 0, 2, 2, 0.1, 0.2, 3, 4, 0.0, 0.0, INF, INF, 0.5, 0.0, 0.6, 0.0)
     numbers = dk.dppo("kl", (0.7, 0.8), penalty_coef=0.9).numbers
     assert (numbers.limit_low, numbers.limit_high, numbers.penalty_coef) == (0.7, 0.8, 0.9)
     assert dk.dppo("kl", [0.7, 0.8]) == dk.dppo("kl", (0.7, 0.8))
@@ -242,5 +277,5 @@ def test_decide_on_a_grid(name, kl_coef, use_backend):
     torch.testing.assert_close(g, want.g, rtol=1e-4, atol=1e-5)
     held = (doubles[0] - old.double()).abs() > MAX_LOG_RATIO
     assert held.any() or objective.divergence != "none"
-    if kl_coef == 0 and objective.penalty_coef == 0:
+    if not objective.pulls_without_advantage:
         assert (g[held] == 0).all()

@@ -385,9 +385,13 @@ def frozen_loss(p, out, rows):
     )
     weight = dk.token_weights(a["lengths"], o.aggregation)
     g = -a["advantages"] * a["importance_weights"] * (out.clipped != 4)
-    d = a["ref_logprobs"] - logp
-    terms = g * out.ratio.clamp(max=o.ratio_cap) * logp - o.entropy_coef * entropy
-    terms = terms + o.kl_coef * (torch.expm1(d) - d)
+    floor = torch.where(a["advantages"] < 0, o.floor_low, o.floor_high)
+    terms = g * out.ratio.clamp(max=o.ratio_cap).maximum(floor) * logp - o.entropy_coef * entropy
+    for kl, anchor in (("kl", a["ref_logprobs"]), ("old_kl", a["old_logprobs"])):
+        d = anchor - logp
+        estimates = {"k3": torch.expm1(d) - d, "abs": d.abs()}
+        estimates["k3_unbiased"] = (logp - a["old_logprobs"]).exp() * estimates["k3"]
+        terms = terms + getattr(o, f"{kl}_coef") * estimates[getattr(o, f"{kl}_estimator")]
     if o.penalty_coef:
         keys = ("temperature", "topk_ids", "topk_logprobs", "old_logits")
         more = {key: a[key] for key in keys if key in a}
@@ -416,6 +420,8 @@ def test_gradcheck_of_the_reference(name):
     p = problem(
         objective, vocab=5, lengths=(2, 0, 2), temperature=0.7, importance=per, advantages=per
     )
+    if name == "up":  # with A > 0 its ratio is that of the policy to itself, always 1
+        p.arguments["advantages"] = -p.arguments["advantages"].abs()
     if p.arguments.get("old_logits") is not None:
         p.arguments["old_logits"] = p.arguments["old_logits"].double()
     rows = p.base.double().requires_grad_()

@@ -184,6 +184,20 @@ def _run(
         _compiled[key] = compiled, len(compiled.src.signature)
 
 
+def _constants(numbers: Numbers) -> tuple[tuple[Any, ...], tuple[float, ...]]:
+    """What a kernel is compiled for, and the numbers that it is given."""
+    surrogate, divergence, kl_estimator, old_kl_estimator, *values = numbers
+    constants = (
+        surrogate,
+        divergence,
+        kl_estimator if numbers.kl_coef != 0 else None,
+        old_kl_estimator if numbers.old_kl_coef != 0 else None,
+        numbers.entropy_coef != 0,
+        numbers.penalty_coef != 0,
+    )
+    return constants, tuple(values)
+
+
 def fused(
     logits: Tensor,
     gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
@@ -193,7 +207,7 @@ def fused(
     options: Options,
     results: Results,
 ) -> None:
-    surrogate, divergence, *values = numbers
+    constants, values = _constants(numbers)
     results = results._replace(entropy=_filled(results.entropy))
     dx, old = logits if gradient is None else gradient, rows.old_logits
     (strides, aligned), (dx_strides, dx_aligned) = _layout(logits), _layout(dx)
@@ -221,11 +235,7 @@ def fused(
             options.temperature,
             *values,
         ),
-        surrogate,
-        divergence,
-        numbers.kl_coef != 0,
-        numbers.entropy_coef != 0,
-        numbers.penalty_coef != 0,
+        *constants,
         aligned=(aligned, dx_aligned, old_aligned),
         registers=registers,
     )
@@ -361,7 +371,7 @@ def decide(
     coefficients: Coefficients,
 ) -> None:
     rows, count = read.logprobs.numel(), groups.lengths.numel()
-    surrogate, divergence, *values = numbers
+    constants, values = _constants(numbers)
     by_rows = -(-rows // _SMALL["decide"][0])
     _launch_small(
         "decide",
@@ -379,11 +389,7 @@ def decide(
             count,
             *values,
         ),
-        surrogate,
-        divergence,
-        numbers.kl_coef != 0,
-        numbers.entropy_coef != 0,
-        numbers.penalty_coef != 0,
+        *constants,
         groups.by_response,
     )
 

@@ -116,8 +116,11 @@ void run() {
   same("spread", found.spread, wanted.spread);
 
   const Floats logprobs = normal(rows), old = normal(rows), advantages = normal(rows);
-  const Objective numbers{kClip,    kNone,    0.2f, 0.2f, INFINITY, INFINITY,
-                          INFINITY, INFINITY, 0.1f, 0.1f, 0.0f};
+  Objective numbers{};
+  numbers.surrogate = kClip;
+  numbers.eps_low = numbers.eps_high = 0.2f;
+  numbers.ratio_max = numbers.ratio_cap = INFINITY;
+  numbers.kl_coef = numbers.entropy_coef = 0.1f;
   const bool decided_by_response = coin(), with_old = pick(0, 3) > 0, with_importance = coin();
   auto decide = [&](Out& o) {
     return DecideArgs{rows,
