@@ -19,10 +19,12 @@ enum Aggregation : int {  // places in objective.AGGREGATIONS
   kSeqMeanTokenMean,
   kTokenMean,
   kTokenSum,
-  kSeqMeanTokenSumNorm
+  kSeqMeanTokenSumNorm,
+  kSeqMeanTokenSum
 };
 constexpr const char* kAggregations[] = {"only-token-mean", "seq-mean-token-mean", "token-mean",
-                                         "token-sum", "seq-mean-token-sum-norm"};
+                                         "token-sum", "seq-mean-token-sum-norm",
+                                         "seq-mean-token-sum"};
 
 constexpr int64_t kAsCounted = INT64_MIN;  // a total that nobody gave
 constexpr int kMaxValues = 4;              // advantages, importance weights, temperatures, one more
@@ -30,6 +32,8 @@ constexpr int kMaxValues = 4;              // advantages, importance weights, te
 struct Grouping {
   const uint8_t* mask;
   const int64_t* lengths;
+  const int64_t* response_lengths;  // tokens of the whole response; null: all of them are here
+  const float* weights;             // [rows], in the place of the aggregation's
   int aggregation;
   int64_t num_responses, num_tokens, max_length;
   const float *num_responses_on_device, *num_tokens_on_device, *max_length_on_device;
@@ -56,6 +60,7 @@ struct DecideArgs {
   int64_t rows, count;
   const float *logprobs, *entropy;
   const float *old_logprobs, *advantages, *weights, *ref_logprobs, *importance_weights;
+  const float *log_ratio, *entropy_weights;  // as in FusedArgs
   Objective objective;
   bool by_response;
   const int64_t *offsets, *lengths;
@@ -115,9 +120,15 @@ DCPO_HD float total(int64_t given, const float* on_device, int64_t counted) {
   return whole > 0.0f && whole >= here ? whole : NAN;
 }
 
+// Tokens of the whole response, of which `here` are in this call; -1 where that can't be.
+DCPO_HD int64_t whole_length(const Grouping& g, int64_t response, int64_t here) {
+  if (!g.response_lengths) return here;
+  return g.response_lengths[response] >= here ? g.response_lengths[response] : -1;
+}
+
 // Of each token of a response of n tokens (dcpo_kernels/responses.py).
 DCPO_HD float token_weight(const Grouping& g, const Counts& c, int64_t n) {
-  if (n == 0) return 0.0f;
+  if (n <= 0) return n == 0 ? 0.0f : NAN;
   const float length = static_cast<float>(n);
   const float responses = total(g.num_responses, g.num_responses_on_device, c.responses);
   switch (g.aggregation) {
@@ -129,16 +140,19 @@ DCPO_HD float token_weight(const Grouping& g, const Counts& c, int64_t n) {
       return 1.0f / total(g.num_tokens, g.num_tokens_on_device, c.tokens);
     case kTokenSum:
       return 1.0f;
+    case kSeqMeanTokenSum:
+      return 1.0f / responses;
     default:
       return 1.0f / (responses * total(g.max_length, g.max_length_on_device, c.longest));
   }
 }
 
-// whole: the response is read whole, whatever skip_zero says of the row.
+// whole: the response is read whole, whatever skip_zero says of the row; weight: the aggregation's.
 DCPO_HD void write_token(const TokenWeightsArgs& a, int64_t response, int64_t row, bool whole,
                          float weight) {
   const bool counted = counts(a.grouping, row);
   const bool read = counted && (whole || live(a.grouping, response, row));
+  if (a.grouping.weights) weight = a.grouping.weights[row];
   a.responses.weights[row] = read ? weight : 0.0f;
   a.responses.mask[row] = counted;
   for (int k = 0; k < a.num_values; ++k) a.spread[k][row] = a.values[k][response];
@@ -183,14 +197,17 @@ DCPO_HD void decide_row(const DecideArgs& a, int64_t row, const float* log_ratio
     t.logprob = a.logprobs[row];
     t.old_logprob = old_logprob_of(a, row);
     t.advantage = a.advantages[row];
-    t.log_ratio = log_ratio ? *log_ratio : t.logprob - t.old_logprob;
+    t.log_ratio = log_ratio     ? *log_ratio
+                  : a.log_ratio ? a.log_ratio[row]
+                                : t.logprob - t.old_logprob;
     t.importance = a.importance_weights ? a.importance_weights[row] : 1.0f;
     t.ref_logprob = a.ref_logprobs ? a.ref_logprobs[row] : 0.0f;
-    t.entropy = a.entropy ? a.entropy[row] : 0.0f;
+    const float entropy_weight = a.entropy_weights ? a.entropy_weights[row] : 1.0f;
+    t.entropy = a.entropy ? entropy_weight * a.entropy[row] : 0.0f;
     t.divergence = 0.0f;  // a binary one follows from the token
     d = decide(a.objective, t);
     d.g *= weight;
-    d.h *= weight;
+    d.h *= weight * entropy_weight;
   }
   a.token_loss[row] = d.loss;
   a.ratio[row] = d.ratio;
@@ -215,6 +232,7 @@ enum SummaryField : int {  // as ops/records.py has them
   kClipLow,
   kClipCap,
   kClipRegion,
+  kTokensDropped,  // 0 here: who asked for it knows it
   kSummaryFields
 };
 
@@ -237,6 +255,7 @@ template <class Real>
 DCPO_HD Summary<Real> of_row(const FinishArgs& a, int64_t row) {
   Summary<Real> s = nothing_read<Real>();
   const Real weight = a.weights[row], r = a.ratio[row];
+  s.at[kTokens] = a.mask[row] != 0;
   if (weight == Real(0)) return s;
   s.at[kLoss] = weight * a.token_loss[row];
   s.at[kLogprobSum] = a.logprobs[row];

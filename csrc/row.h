@@ -140,19 +140,21 @@ DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs&
   t.advantage = in.advantage;
   t.importance = in.importance;
   t.ref_logprob = in.ref_logprob;
-  t.entropy = kEntropy ? entropy_of(s) : 0.0f;
+  const float entropy = kEntropy ? entropy_of(s) : 0.0f;
+  const float entropy_weight = kEntropy && a.entropy_weights ? a.entropy_weights[row] : 1.0f;
+  t.entropy = entropy_weight * entropy;
   t.divergence = divergence;
-  t.log_ratio = t.logprob - t.old_logprob;
+  t.log_ratio = a.log_ratio ? a.log_ratio[row] : t.logprob - t.old_logprob;
   const Decision d = decide(a.objective, t);
   if (writes) {
     a.token_loss[row] = d.loss;
     a.logprobs[row] = t.logprob;
-    if (kEntropy && a.entropy) a.entropy[row] = t.entropy;
+    if (kEntropy && a.entropy) a.entropy[row] = entropy;
     a.ratio[row] = d.ratio;
     a.clipped[row] = d.clipped;
   }
-  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * d.h, s.row_max,
-                                            log_sum_of(s), t.entropy, temperature);
+  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * entropy_weight * d.h,
+                                            s.row_max, log_sum_of(s), entropy, temperature);
   c.divergence_coef = in.weight * d.divergence_coef;
   return c;
 }

@@ -194,9 +194,10 @@ def fused(
             stats.logprobs,
             old,
             tokens.advantages,
-            entropy=stats.entropy,
+            entropy=_weighted(stats.entropy, tokens.entropy_weights),
             ref_logprobs=tokens.ref_logprobs,
             importance_weights=tokens.importance_weights,
+            log_ratio=tokens.log_ratio,
             divergence=divergence(
                 numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
             ),
@@ -209,6 +210,10 @@ def fused(
     for result, values in zip(results, found, strict=True):
         if result.numel():
             result.copy_(_counted(values.detach(), read, 1 if values is decision.ratio else 0))
+
+
+def _weighted(entropy: Any, entropy_weights: Tensor | None) -> Any:
+    return entropy if entropy is None or entropy_weights is None else entropy_weights * entropy
 
 
 def _counted(values: Tensor, read: Tensor, nothing: float = 0) -> Tensor:
@@ -289,6 +294,9 @@ def token_weights(
         return
     index = index.clamp(max=count - 1)
     counts = torch.zeros_like(ends).index_add_(0, index, mask.to(torch.int64))
+    if grouping.response_lengths is not None:
+        whole = grouping.response_lengths
+        counts = torch.where(whole >= counts, whole, -1)  # the others can't be
     responses.lengths.copy_(counts)
 
     read = mask
@@ -304,8 +312,10 @@ def token_weights(
         else getattr(grouping, f"{name}_on_device")
         for name in ("num_responses", "num_tokens", "max_length")
     }
-    weight = response_weights(counts, AGGREGATIONS[grouping.aggregation], **totals)
-    responses.weights.copy_(torch.where(read, weight[index], 0.0).view(shape))
+    weight = response_weights(counts, AGGREGATIONS[grouping.aggregation], **totals)[index]
+    if grouping.weights is not None:
+        weight = grouping.weights.reshape(-1)
+    responses.weights.copy_(torch.where(read, weight, 0.0).view(shape))
     for result, value in zip(spread, values, strict=True):
         result.copy_(value[index].view(shape))
 
@@ -323,7 +333,7 @@ def decide(
     logprobs, entropy = _read_rows(read.logprobs, live), _read_rows(read.entropy, live)
     tokens = _read_tokens(tokens, live, dtype)
     old = logprobs if tokens.old_logprobs is None else tokens.old_logprobs
-    log_ratio = None
+    log_ratio = tokens.log_ratio
     if groups.by_response:
         # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t))
         log_ratio = _response_means(logprobs - old, groups.offsets, groups.lengths)
@@ -336,7 +346,7 @@ def decide(
         logprobs,
         old,
         tokens.advantages,
-        entropy=entropy,
+        entropy=_weighted(entropy, tokens.entropy_weights),
         ref_logprobs=tokens.ref_logprobs,
         importance_weights=tokens.importance_weights,
         log_ratio=log_ratio,
@@ -348,7 +358,10 @@ def decide(
     weights = tokens.weights.view(live.shape)
     coefficients.g.copy_(_counted(decision.g, live) * weights)
     if coefficients.h.numel():
-        coefficients.h.copy_(-numbers.entropy_coef * weights)
+        h = -numbers.entropy_coef * weights
+        if tokens.entropy_weights is not None:
+            h = h * tokens.entropy_weights.view(live.shape)
+        coefficients.h.copy_(h)
 
 
 def _response_means(x: Tensor, offsets: Tensor, lengths: Tensor) -> Tensor:
@@ -372,7 +385,7 @@ def finish(results: Results, responses: Responses, totals: Totals) -> None:
         highest = torch.where(any_read, torch.where(read, ratio, -torch.inf).amax(), 1.0)
     summary = [
         totals.loss,
-        responses.lengths.sum(),
+        responses.mask.sum(),
         read.sum(),
         torch.where(read, logprobs, nothing).sum(),
         torch.where(read, entropy, nothing).sum() if entropy.numel() else nothing.sum(),
@@ -381,6 +394,7 @@ def finish(results: Results, responses: Responses, totals: Totals) -> None:
         highest,
         torch.where(read, ratio - 1 - ratio.log(), nothing).sum(),
         *((read & (clipped == side)).sum() for side in SIDES),
+        nothing.sum(),  # tokens dropped: who asked for it knows it
     ]
     totals.summary.copy_(torch.stack([value.to(totals.summary.dtype) for value in summary]))
 

@@ -337,6 +337,8 @@ def token_weights(
         (
             None if grouping.mask is None else grouping.mask.view(torch.uint8),
             grouping.lengths,
+            grouping.response_lengths,
+            grouping.weights,
             _number(grouping.num_responses),
             _number(grouping.num_tokens),
             _number(grouping.max_length),
@@ -407,10 +409,10 @@ def finish(results: Results, responses: Responses, totals: Totals) -> None:
             results.ratio,
             results.clipped,
             responses.weights,
+            responses.mask.view(torch.uint8),
             responses.offsets,
             responses.lengths,
             *totals,
             results.token_loss.numel(),
-            count,
         ),
     )

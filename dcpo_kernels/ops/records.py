@@ -31,6 +31,8 @@ class Tokens(NamedTuple):
     weights: Tensor  # 0: the row is not read, its results are 0 and its ratio 1
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
+    log_ratio: Tensor | None  # that the ratio is taken from; None: logp - old_logp
+    entropy_weights: Tensor | None  # of the entropy term, as multiples of the weight; None: 1
 
 
 class Options(NamedTuple):
@@ -84,6 +86,8 @@ class Grouping(NamedTuple):
 
     mask: Tensor | None  # [N] bool or uint8, nonzero where a token counts; None: all of them do
     lengths: Tensor | None  # [R] int64 rows of each response; None: T rows each of [B, T]
+    response_lengths: Tensor | None  # [R] int64 tokens of the whole response; None: all are here
+    weights: Tensor | None  # [N] float32, in the place of the aggregation's
     aggregation: int  # place in objective.AGGREGATIONS
     num_responses: int | None  # of the whole batch; None: as counted here
     num_tokens: int | None
@@ -102,7 +106,7 @@ class Responses(NamedTuple):
     weights: Tensor  # [N] float32
     mask: Tensor  # [N] bool: the token counts
     offsets: Tensor  # [R + 1] int64: response i has the rows from offsets[i] to offsets[i + 1]
-    lengths: Tensor  # [R] int64: tokens of each response that count
+    lengths: Tensor  # [R] int64: tokens of each response that count, in other calls too
 
 
 class Value(NamedTuple):

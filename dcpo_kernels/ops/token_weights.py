@@ -37,7 +37,14 @@ def _launch(like, *flat):
     count = responses.lengths.numel()
     skip_count = count if grouping.skip_by_response else shape.numel()
     check_tensors(
-        responses.weights, grouping, 1, mask=shape.numel(), lengths=count, skip_zero=skip_count
+        responses.weights,
+        grouping,
+        1,
+        mask=shape.numel(),
+        lengths=count,
+        response_lengths=count,
+        weights=shape.numel(),
+        skip_zero=skip_count,
     )
     for x in values:
         check_tensors(responses.weights, Value(x), count)
