@@ -28,11 +28,13 @@ enum Surrogate : int {
   kSoftGate,
   kRatioMask,
   kQuadratic,
-  kDynamicQuadratic
+  kDynamicQuadratic,
+  kGeometricClip,
+  kGamma
 };
-constexpr const char* kSurrogates[] = {"clip",           "dynamic-clip", "inverse-sqrt-clip",
-                                       "reinforce-clip", "reinforce",    "soft-gate",
-                                       "ratio-mask",     "quadratic",    "dynamic-quadratic"};
+constexpr const char* kSurrogates[] = {
+    "clip",       "dynamic-clip", "inverse-sqrt-clip", "reinforce-clip", "reinforce", "soft-gate",
+    "ratio-mask", "quadratic",    "dynamic-quadratic", "geometric-clip", "gamma"};
 
 enum Divergence : int { kNone, kBinaryTv, kBinaryKl, kTopkTv, kTopkKl, kFullTv, kFullKl };
 constexpr const char* kDivergences[] = {"none",    "binary_tv", "binary_kl", "topk_tv",
@@ -58,6 +60,7 @@ struct Objective {
   float eps_low, eps_high;  // low: for A < 0, high: for A >= 0
   float ratio_max, ratio_cap;
   float floor_low, floor_high;
+  float power_low, power_high;
   float limit_low, limit_high;
   float kl_coef, old_kl_coef, entropy_coef, penalty_coef;
 };
@@ -76,6 +79,7 @@ struct Decision {
   float h;  // dloss/dentropy
   float ratio;
   Clipped clipped;
+  float through_ratio;    // the part of g that comes through the ratio
   float divergence_coef;  // dloss/ddivergence of a penalty on a top-K or full divergence; a binary
                           // one's is in g
 };
@@ -160,16 +164,28 @@ DCPO_HD ClipBounds clip_bounds(const Objective& o, float old_logprob) {
   return {low, fminf(high, o.ratio_max)};
 }
 
+// What a token adds to its response's log-ratio, which is their mean, for kGamma their sum.
+DCPO_HD float log_ratio_part(const Objective& o, const Token& t) {
+  float x = t.logprob - t.old_logprob;
+  if (o.surrogate == kGeometricClip) {  // GMPO (arXiv 2507.20673 eq. 5)
+    if (t.advantage > 0.0f && x > o.eps_high) x = o.eps_high;
+    if (t.advantage < 0.0f && x < -o.eps_low) x = -o.eps_low;
+  } else if (o.surrogate == kGamma) {
+    x = clamp_log_ratio(x) + clamp_log_ratio(logf(t.importance));
+  }
+  return x;
+}
+
 struct KlTerm {
-  float value, slope;
+  float value, slope, through_ratio;
 };
 
-// An estimate of KL(policy || anchor) from the sampled token, and its derivative in logprob.
-// saturated: the ratio r is a constant.
+// An estimate of KL(policy || anchor) from the sampled token, its derivative in logprob, and the
+// part of that which comes through the ratio. saturated: the ratio r is a constant.
 DCPO_HD KlTerm kl_term(int estimator, float logprob, float anchor, float r, bool saturated) {
   const bool held = fabsf(anchor - logprob) > kMaxLogRatio;
   const float d = clamp_log_ratio(anchor - logprob);
-  float value, slope, beyond = 0.0f;  // the slope where d is held
+  float value, slope, through_ratio = 0.0f;
   if (estimator == kK1) {
     value = -d;
     slope = d == d ? 1.0f : d;
@@ -185,12 +201,12 @@ DCPO_HD KlTerm kl_term(int estimator, float logprob, float anchor, float r, bool
     if (estimator == kK3Plus) {  // k3's value with k2's gradient (verl)
       slope = -d;
     } else if (estimator == kK3Unbiased) {  // times the ratio, and its gradient through both
-      beyond = saturated ? 0.0f : r * value;
+      through_ratio = saturated ? 0.0f : r * value;
       slope = saturated ? r * slope : -r * d;
       value *= r;
     }
   }
-  return {value, held ? beyond : slope};
+  return {value, held ? through_ratio : slope, through_ratio};
 }
 
 // A NaN among the log-probs makes all of loss, g and ratio NaN: every comparison is false for it.
@@ -225,6 +241,18 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
     g = -A * weight;
     // not a product: a weight of 0 on a log-probability of -inf is a loss of 0
     loss = saturated || g == 0.0f ? 0.0f : g * t.logprob;
+  } else if (o.surrogate == kGeometricClip) {
+    // The loss is that of the response's ratio; a clipped token has no share in its gradient.
+    const float own = t.logprob - t.old_logprob;
+    if (A < 0.0f && own < -o.eps_low) clipped = kClippedLow;
+    if (A > 0.0f && own > o.eps_high) clipped = kClippedHigh;
+    loss = -A * r;
+    g = clipped == kClippedNone ? -A * r : 0.0f;
+  } else if (o.surrogate == kGamma) {
+    // VESPO (arXiv 2602.10693): w^k exp(lambda (1 - w)), 1 at w = 1
+    const float log_weight = (A < 0.0f ? o.power_low : o.power_high) * clamp_log_ratio(t.log_ratio);
+    g = -A * expf(log_weight + (A < 0.0f ? o.eps_low : o.eps_high) * (1.0f - r));
+    loss = saturated || g == 0.0f ? 0.0f : g * t.logprob;
   } else if (o.surrogate == kQuadratic || o.surrogate == kDynamicQuadratic) {
     // SPO (arXiv 2401.16025 eq. 11), and DRPO (arXiv 2606.09821) weighted with q
     float pull = fabsf(A) / (A < 0.0f ? o.eps_low : o.eps_high);
@@ -256,17 +284,28 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
   }
   if (saturated) g = 0.0f;
 
-  loss *= t.importance;
-  g *= t.importance;
+  if (o.surrogate != kGamma) {
+    loss *= t.importance;
+    g *= t.importance;
+  }
+  float through_ratio = g;
+  if (o.surrogate == kReinforce || o.surrogate == kGamma)
+    through_ratio = 0.0f;
+  else if (o.surrogate == kReinforceClip && A > 0.0f)
+    through_ratio = 0.0f;
+  else if (o.surrogate == kGeometricClip)
+    through_ratio = saturated ? 0.0f : loss;
   if (o.kl_coef != 0.0f) {
-    const auto [kl, slope] = kl_term(o.kl_estimator, t.logprob, t.ref_logprob, r, saturated);
-    loss += o.kl_coef * kl;
-    g += o.kl_coef * slope;
+    const KlTerm kl = kl_term(o.kl_estimator, t.logprob, t.ref_logprob, r, saturated);
+    loss += o.kl_coef * kl.value;
+    g += o.kl_coef * kl.slope;
+    through_ratio += o.kl_coef * kl.through_ratio;
   }
   if (o.old_kl_coef != 0.0f) {
-    const auto [kl, slope] = kl_term(o.old_kl_estimator, t.logprob, t.old_logprob, r, saturated);
-    loss += o.old_kl_coef * kl;
-    g += o.old_kl_coef * slope;
+    const KlTerm kl = kl_term(o.old_kl_estimator, t.logprob, t.old_logprob, r, saturated);
+    loss += o.old_kl_coef * kl.value;
+    g += o.old_kl_coef * kl.slope;
+    through_ratio += o.old_kl_coef * kl.through_ratio;
   }
   float h = 0.0f;
   if (o.entropy_coef != 0.0f) {
@@ -284,7 +323,7 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
       divergence_coef = excess <= 0.0f ? 0.0f : o.penalty_coef;  // a NaN exceeds
     }
   }
-  return {loss, g, h, r, clipped, divergence_coef};
+  return {loss, g, h, r, clipped, through_ratio, divergence_coef};
 }
 
 }  // namespace dcpo

@@ -22,12 +22,11 @@ from dcpo_kernels.objective import (
     MAX_LOG_RATIO,
     MIN_PROB,
     MIN_REST,
-    SURROGATES,
     Numbers,
 )
 
 CLIP, DYNAMIC_CLIP, INVERSE_SQRT_CLIP, REINFORCE_CLIP, REINFORCE = range(5)
-SOFT_GATE, RATIO_MASK, QUADRATIC, DYNAMIC_QUADRATIC = range(5, len(SURROGATES))
+SOFT_GATE, RATIO_MASK, QUADRATIC, DYNAMIC_QUADRATIC, GEOMETRIC_CLIP, GAMMA = range(5, 11)
 NO_DIVERGENCE, BINARY_TV, BINARY_KL, TOPK_TV, TOPK_KL, FULL_TV, FULL_KL = range(len(DIVERGENCES))
 K1, K2, K3, ABS, K3_PLUS, K3_UNBIASED = range(len(KL_ESTIMATORS))
 
@@ -41,6 +40,7 @@ class Decision(NamedTuple):
     # has its gradient through that
     ratio: Tensor
     clipped: Tensor  # int8, CLIP_*
+    through_ratio: Tensor  # the part of g that comes through the ratio
 
 
 def clip_bounds(o: Numbers, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,10 +104,25 @@ def binary_slope(kind: int, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return torch.where(not_p < MIN_REST, 0.0, not_q * p / not_p) - q
 
 
+def log_ratio_part(
+    o: Numbers, logprobs: Tensor, old_logprobs: Tensor, A: Tensor, importance: Tensor
+) -> Tensor:
+    """What each token adds to its response's log-ratio, which is their mean, for GAMMA their
+    sum."""
+    x = logprobs - old_logprobs
+    if o.surrogate == GEOMETRIC_CLIP:  # GMPO (arXiv 2507.20673 eq. 5)
+        x = torch.where((A > 0) & (x > o.eps_high), o.eps_high, x)
+        x = torch.where((A < 0) & (x < -o.eps_low), -o.eps_low, x)
+    elif o.surrogate == GAMMA:
+        x = clamp_log_ratio(x) + clamp_log_ratio(importance.log())
+    return x
+
+
 def kl_term(
     estimator: int, logprobs: Tensor, anchor: Tensor, ratio: Tensor, saturated: Tensor
-) -> tuple[Tensor, Tensor]:
-    """An estimate of KL(policy || anchor) from the sampled token, and its derivative in logprobs.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An estimate of KL(policy || anchor) from the sampled token, its derivative in logprobs, and
+    the part of that which comes through the ratio.
 
     saturated: where the ratio is a constant.
     """
@@ -115,7 +130,7 @@ def kl_term(
     held = d.abs() > MAX_LOG_RATIO
     # NaN, also where a derivative would not ask for the anchor
     d = clamp_log_ratio(d) * torch.where(d.isnan(), d, 1.0).detach()
-    beyond = torch.zeros_like(r)  # the slope where d is held
+    through_ratio = torch.zeros_like(r)
     if estimator == K1:
         value = -d
         slope = torch.where(d.isnan(), d, 1.0)
@@ -132,10 +147,10 @@ def kl_term(
             value = value.detach() + (d * d - (d * d).detach()) / 2
             slope = -d
         elif estimator == K3_UNBIASED:  # times the ratio, and its gradient through both
-            beyond = torch.where(saturated, 0.0, r * value)
+            through_ratio = torch.where(saturated, 0.0, r * value).detach()
             slope = torch.where(saturated, r * slope, -r * d)
             value = ratio * value
-    return value, torch.where(held, beyond, slope).detach()
+    return value, torch.where(held, through_ratio, slope).detach(), through_ratio
 
 
 def decide(
@@ -193,6 +208,18 @@ def decide(
         g = -A * weight
         # not a product: a weight of 0 on a log-probability of -inf is a loss of 0
         loss = torch.where(saturated | (g == 0), 0.0, g * logprobs)
+    elif o.surrogate == GEOMETRIC_CLIP:
+        # The loss is that of the response's ratio; a clipped token has no share in its gradient.
+        own = logprobs - old_logprobs
+        clipped = torch.where((A < 0) & (own < -o.eps_low), CLIP_LOW, clipped)
+        clipped = torch.where((A > 0) & (own > o.eps_high), CLIP_HIGH, clipped)
+        loss = -A * ratio
+        g = torch.where(clipped == CLIP_NONE, -A * r, 0.0)
+    elif o.surrogate == GAMMA:
+        # VESPO (arXiv 2602.10693): w^k exp(lambda (1 - w)), 1 at w = 1
+        log_weight = by_sign(A, o.power_low, o.power_high) * clamp_log_ratio(log_ratio.detach())
+        g = -A * (log_weight + by_sign(A, o.eps_low, o.eps_high) * (1 - r)).exp()
+        loss = torch.where(saturated | (g == 0), 0.0, g * logprobs)
     elif o.surrogate in (QUADRATIC, DYNAMIC_QUADRATIC):
         # SPO (arXiv 2401.16025 eq. 11), and DRPO (arXiv 2606.09821) weighted with q
         pull = A.abs() / by_sign(A, o.eps_low, o.eps_high)
@@ -227,16 +254,25 @@ def decide(
         g = torch.where(clipped == CLIP_NONE, -A * x, 0.0)
     g = torch.where(saturated, 0.0, g)
 
-    if importance_weights is not None:
+    if importance_weights is not None and o.surrogate != GAMMA:
         loss = loss * importance_weights
         g = g * importance_weights
+    through_ratio = g
+    if o.surrogate in (REINFORCE, GAMMA):
+        through_ratio = torch.zeros_like(g)
+    elif o.surrogate == REINFORCE_CLIP:
+        through_ratio = torch.where(A > 0, 0.0, g)
+    elif o.surrogate == GEOMETRIC_CLIP:
+        through_ratio = torch.where(saturated, 0.0, loss)
     if o.kl_coef != 0:
         assert ref_logprobs is not None
-        kl, slope = kl_term(o.kl_estimator, logprobs, ref_logprobs, ratio, saturated)
+        kl, slope, through = kl_term(o.kl_estimator, logprobs, ref_logprobs, ratio, saturated)
         loss, g = loss + o.kl_coef * kl, g + o.kl_coef * slope
+        through_ratio = through_ratio + o.kl_coef * through
     if o.old_kl_coef != 0:
-        kl, slope = kl_term(o.old_kl_estimator, logprobs, old_logprobs, ratio, saturated)
+        kl, slope, through = kl_term(o.old_kl_estimator, logprobs, old_logprobs, ratio, saturated)
         loss, g = loss + o.old_kl_coef * kl, g + o.old_kl_coef * slope
+        through_ratio = through_ratio + o.old_kl_coef * through
     if o.entropy_coef != 0:
         assert entropy is not None
         loss = loss - o.entropy_coef * entropy
@@ -247,4 +283,4 @@ def decide(
         if is_binary(o):
             slope = binary_slope(o.divergence, logprobs, old_logprobs)
             g = g + torch.where(excess <= 0, 0.0, o.penalty_coef * slope)
-    return Decision(loss, g.detach(), r, clipped.to(torch.int8))
+    return Decision(loss, g.detach(), r, clipped.to(torch.int8), through_ratio.detach())

@@ -21,11 +21,14 @@ SURROGATES = (
     "ratio-mask",
     "quadratic",
     "dynamic-quadratic",
+    "geometric-clip",
+    "gamma",
 )
+WHOLE_RESPONSE = ("geometric-clip", "gamma")
 DIVERGENCES = ("none", "binary_tv", "binary_kl", "topk_tv", "topk_kl", "tv", "kl")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k3+", "k3_unbiased")
 CLIPPED = ("none", "high", "low", "cap", "region")  # which side stopped the token's gradient
-RATIO_LEVELS = ("token", "sequence")
+RATIO_LEVELS = ("token", "sequence", "sequence-token")
 AGGREGATIONS = (
     "only-token-mean",
     "seq-mean-token-mean",
@@ -57,6 +60,8 @@ class Numbers(NamedTuple):
     ratio_cap: float
     floor_low: float
     floor_high: float
+    power_low: float
+    power_high: float
     limit_low: float
     limit_high: float
     kl_coef: float
@@ -87,11 +92,17 @@ class Objective:
         temperatures are eps_low and eps_high; "ratio-mask" is r inside [1 - eps_low, 1 + eps_high]
         and within the limits of a divergence, nothing outside (IcePop, IPO); "quadratic" is r with
         |A| (r - 1)^2 / (2 eps) against it (SPO), "dynamic-quadratic" with q times that (DRPO).
+        With one ratio per response alone: "geometric-clip" clips the log-ratio of each token to
+        [-eps_low, eps_high] before their mean (GMPO); "gamma" is r^power exp(eps (1 - r)), held
+        constant, times logp, r the product of the response's ratios and importance weights (VESPO).
         What ends in _low is for A < 0, what ends in _high for the others.
     ratio_max: ceiling of the upper bound (DCPO eq. 6).
     ratio_cap: clip surrogates: with A < 0, the loss is constant beyond it (dual clip; TRL's delta,
         which it calls two-sided, is the same); reinforce: r is cut there.
-    ratio_level: "sequence" takes one ratio per response (GSPO).
+    ratio_level: "sequence" takes one ratio per response, exp of the mean log-ratio (GSPO). Its
+        gradient is that of the mean: all tokens have an equal share of what pulls at the ratio.
+        With "sequence-token" each token has its own (GSPO eq. 14, verl), which is the same where a
+        response has one advantage and one importance weight.
     divergence, limit_low, limit_high: DPPO's mask: no gradient where the divergence exceeds
         limit_high (A > 0) or limit_low (A < 0) and the token moves further out. With "ratio-mask",
         wherever it exceeds the limit.
@@ -113,6 +124,8 @@ class Objective:
     ratio_cap: float = math.inf
     floor_low: float = 0.0
     floor_high: float = 0.0
+    power_low: float = 0.0
+    power_high: float = 0.0
     ratio_level: str = "token"
     divergence: str = "none"
     limit_low: float = math.inf
@@ -139,8 +152,8 @@ class Objective:
                 raise TypeError(f"{self.name}: {name} must be a number, got {value!r}")
         weighs = self.surrogate == "reinforce"
         least = {"ratio_max": 1, "ratio_cap": max(self.floor_low, self.floor_high) if weighs else 1}
-        for name in ("eps_low", "eps_high", "limit_low", "limit_high", "floor_low", "floor_high"):
-            least[name] = 0
+        for name in ("eps", "limit", "floor", "power"):
+            least |= {f"{name}_low": 0, f"{name}_high": 0}
         for name, bound in least.items():
             if not getattr(self, name) >= bound:
                 raise ValueError(f"{self.name}: {name}={getattr(self, name)} must be >= {bound}")
@@ -152,6 +165,8 @@ class Objective:
                 f"{self.name}: a floor is of the weight of surrogate='reinforce', and "
                 f"surrogate={self.surrogate!r} has none"
             )
+        if self.surrogate != "gamma" and (self.power_low, self.power_high) != (0, 0):
+            raise ValueError(f"{self.name}: a power goes with surrogate='gamma'")
         divides = ("soft-gate", "quadratic", "dynamic-quadratic")
         if self.surrogate in divides and not (self.eps_low > 0 and self.eps_high > 0):
             raise ValueError(
@@ -171,7 +186,7 @@ class Objective:
             )
         if self.divergence == "none" and (self.limit_low, self.limit_high) != (math.inf, math.inf):
             raise ValueError(f"{self.name}: a limit needs a divergence to be the limit of")
-        clips = self.surrogate.endswith("clip")
+        clips = self.surrogate.endswith("clip") and self.surrogate != "geometric-clip"
         if not clips and self.ratio_max != math.inf:
             raise ValueError(
                 f"{self.name}: ratio_max bounds a clip, and surrogate={self.surrogate!r} has none"
@@ -181,26 +196,38 @@ class Objective:
                 f"{self.name}: ratio_cap has no place in surrogate={self.surrogate!r}, which "
                 "bounds the ratio itself"
             )
-        if self.ratio_level == "sequence" and self.surrogate in (
+        if self.surrogate in WHOLE_RESPONSE and self.ratio_level != "sequence":
+            raise ValueError(
+                f"{self.name}: surrogate={self.surrogate!r} is of a whole response and needs "
+                f"ratio_level='sequence', not {self.ratio_level!r}"
+            )
+        for kl in ("kl", "old_kl"):
+            unbiased = getattr(self, f"{kl}_estimator") == "k3_unbiased"
+            if self.surrogate in WHOLE_RESPONSE and unbiased and getattr(self, f"{kl}_coef") != 0:
+                raise ValueError(
+                    f"{self.name}: {kl}_estimator='k3_unbiased' takes the plain ratio, which "
+                    f"surrogate={self.surrogate!r} doesn't have; use 'k3'"
+                )
+        if self.by_response and self.surrogate in (
             "dynamic-clip",
             "inverse-sqrt-clip",
             "dynamic-quadratic",
         ):
             raise ValueError(
                 f"{self.name}: surrogate={self.surrogate!r} has bounds per token and "
-                "ratio_level='sequence' one ratio per response; use surrogate='clip' or 'quadratic'"
+                f"ratio_level={self.ratio_level!r} one ratio per response; use surrogate='clip' "
+                "or 'quadratic'"
             )
-        unbiased = [n for n in ("kl", "old_kl") if getattr(self, f"{n}_estimator") == "k3_unbiased"]
-        if self.ratio_level == "sequence" and any(getattr(self, f"{n}_coef") for n in unbiased):
-            raise ValueError(
-                f"{self.name}: {unbiased[0]}_estimator='k3_unbiased' takes the ratio of each token "
-                "and ratio_level='sequence' has one per response; use 'k3'"
-            )
-        if self.ratio_level == "sequence" and self.divergence != "none":
+        if self.by_response and self.divergence != "none":
             raise ValueError(
                 f"{self.name}: divergence={self.divergence!r} compares tokens, "
-                f"ratio_level='sequence' responses"
+                f"ratio_level={self.ratio_level!r} responses"
             )
+
+    @property
+    def by_response(self) -> bool:
+        """Whether the tokens of a response have one ratio."""
+        return self.ratio_level != "token"
 
     @property
     def numbers(self) -> Numbers:

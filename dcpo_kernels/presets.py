@@ -62,6 +62,48 @@ def gspo(eps_low: float = 3e-4, eps_high: float = 4e-4, **parts: Any) -> Objecti
     return replace(objective, **parts)
 
 
+def luspo(eps_low: float = 2e-3, eps_high: float = 2.5e-3, **parts: Any) -> Objective:
+    """GSPO with each response's loss times its length (LUSPO, arXiv 2602.05261; eps from section
+    5.1)."""
+    parts = {"name": "luspo", "aggregation": "seq-mean-token-sum", **parts}
+    return gspo(eps_low, eps_high, **parts)
+
+
+def gmpo(eps_low: float = 0.4, eps_high: float = 0.4, **parts: Any) -> Objective:
+    """The geometric mean of a response's ratios, each clipped to [exp(-eps_low), exp(eps_high)]
+    first (GMPO, arXiv 2507.20673, eq. 5; verl's geo_mean)."""
+    objective = Objective(
+        "gmpo",
+        "geometric-clip",
+        eps_low,
+        eps_high,
+        ratio_level="sequence",
+        aggregation="seq-mean-token-mean",
+    )
+    return replace(objective, **parts)
+
+
+def vespo(
+    k_pos: float = 2.0,
+    lambda_pos: float = 3.0,
+    k_neg: float = 3.0,
+    lambda_neg: float = 2.0,
+    **parts: Any,
+) -> Objective:
+    """log p weighted with w^k exp(lambda (1 - w)), w the product of a response's ratios (VESPO,
+    arXiv 2602.10693). `importance_weights` go into the product, as in TRL."""
+    objective = Objective(
+        "vespo",
+        "gamma",
+        lambda_neg,
+        lambda_pos,
+        power_low=k_neg,
+        power_high=k_pos,
+        ratio_level="sequence",
+    )
+    return replace(objective, **parts)
+
+
 def inverse_sqrt(coef: float = 0.2, **parts: Any) -> Objective:
     """Bounds 1 -+ coef / sqrt(q) on the ratio, q the old probability: narrower than DCPO's where q
     is small, for comparison."""

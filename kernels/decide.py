@@ -10,8 +10,8 @@ import triton.language as tl
 from dcpo_kernels import objective as objectives
 
 CLIP, DYNAMIC_CLIP, INVERSE_SQRT_CLIP, REINFORCE_CLIP, REINFORCE = map(tl.constexpr, range(5))
-SOFT_GATE, RATIO_MASK, QUADRATIC, DYNAMIC_QUADRATIC = map(
-    tl.constexpr, range(5, len(objectives.SURROGATES))
+SOFT_GATE, RATIO_MASK, QUADRATIC, DYNAMIC_QUADRATIC, GEOMETRIC_CLIP, GAMMA = map(
+    tl.constexpr, range(5, 11)
 )
 NO_DIVERGENCE, BINARY_TV, BINARY_KL, TOPK_TV, TOPK_KL, FULL_TV, FULL_KL = map(
     tl.constexpr, range(len(objectives.DIVERGENCES))
@@ -92,12 +92,24 @@ def clip_bounds(old_logprob, eps_low, eps_high, ratio_max, SURROGATE: tl.constex
 
 
 @triton.jit
+def log_ratio_part(logprob, old_logprob, A, importance, eps_low, eps_high, SURROGATE: tl.constexpr):
+    """What a token adds to its response's log-ratio, which is their mean, for GAMMA their sum."""
+    x = logprob - old_logprob
+    if SURROGATE == GEOMETRIC_CLIP:  # GMPO (arXiv 2507.20673 eq. 5)
+        x = tl.where((A > 0) & (x > eps_high), eps_high, x)
+        x = tl.where((A < 0) & (x < -eps_low), -eps_low, x)
+    elif SURROGATE == GAMMA:
+        x = clamp_log_ratio(x) + clamp_log_ratio(tl.log(importance))
+    return x
+
+
+@triton.jit
 def kl_term(logprob, anchor, r, saturated, ESTIMATOR: tl.constexpr):
-    """An estimate of KL(policy || anchor) from the sampled token, and its derivative in logprob.
-    saturated: where the ratio r is a constant."""
+    """An estimate of KL(policy || anchor) from the sampled token, its derivative in logprob, and
+    the part of that which comes through the ratio. saturated: where the ratio r is a constant."""
     held = tl.abs(anchor - logprob) > MAX_LOG_RATIO
     d = clamp_log_ratio(anchor - logprob)
-    beyond = 0.0  # the slope where d is held
+    through_ratio = 0.0
     if ESTIMATOR == K1:
         value = -d
         slope = tl.where(d == d, 1.0, d)
@@ -113,10 +125,10 @@ def kl_term(logprob, anchor, r, saturated, ESTIMATOR: tl.constexpr):
         if ESTIMATOR == K3_PLUS:  # k3's value with k2's gradient (verl)
             slope = -d
         elif ESTIMATOR == K3_UNBIASED:  # times the ratio, and its gradient through both
-            beyond = tl.where(saturated, 0.0, r * value)
+            through_ratio = tl.where(saturated, 0.0, r * value)
             slope = tl.where(saturated, r * slope, -r * d)
             value = r * value
-    return value, tl.where(held, beyond, slope)
+    return value, tl.where(held, through_ratio, slope), through_ratio
 
 
 @triton.jit
@@ -134,6 +146,8 @@ def decide(
     ratio_cap,
     floor_low,
     floor_high,
+    power_low,
+    power_high,
     limit_low,
     limit_high,
     kl_coef,
@@ -149,7 +163,8 @@ def decide(
     log_ratio=None,  # of the whole response, in the place of the token's own
 ):
     """loss, g = dloss/dlogprob, h = dloss/dentropy, ratio, clipped, and dloss/ddivergence of a
-    penalty on a top-K or full divergence; a binary one's is in g. A NaN among the log-probs makes
+    penalty on a top-K or full divergence (a binary one's is in g), and the part of g that comes
+    through the ratio. A NaN among the log-probs makes
     all of loss, g and ratio NaN: every comparison below is false for it."""
     A = advantage
     if log_ratio is None:
@@ -183,6 +198,18 @@ def decide(
         g = -A * weight
         # not a product: a weight of 0 on a log-probability of -inf is a loss of 0
         loss = tl.where(saturated | (g == 0), 0.0, g * logprob)
+    elif SURROGATE == GEOMETRIC_CLIP:
+        # The loss is that of the response's ratio; a clipped token has no share in its gradient.
+        own = logprob - old_logprob
+        clipped = tl.where((A < 0) & (own < -eps_low), CLIP_LOW, CLIP_NONE)
+        clipped = tl.where((A > 0) & (own > eps_high), CLIP_HIGH, clipped)
+        loss = -A * r
+        g = tl.where(clipped == CLIP_NONE, -A * r, 0.0)
+    elif SURROGATE == GAMMA:
+        # VESPO (arXiv 2602.10693): w^k exp(lambda (1 - w)), 1 at w = 1
+        log_weight = tl.where(A < 0, power_low, power_high) * clamp_log_ratio(log_ratio)
+        g = -A * tl.exp(log_weight + tl.where(A < 0, eps_low, eps_high) * (1 - r))
+        loss = tl.where(saturated | (g == 0), 0.0, g * logprob)
     elif SURROGATE == QUADRATIC or SURROGATE == DYNAMIC_QUADRATIC:
         # SPO (arXiv 2401.16025 eq. 11), and DRPO (arXiv 2606.09821) weighted with q
         pull = tl.abs(A) / tl.where(A < 0, eps_low, eps_high)
@@ -214,16 +241,26 @@ def decide(
         g = tl.where(clipped == CLIP_NONE, -A * x, 0.0)
     g = tl.where(saturated, 0.0, g)
 
-    loss *= importance
-    g *= importance
+    if SURROGATE != GAMMA:
+        loss *= importance
+        g *= importance
+    through_ratio = g
+    if SURROGATE == REINFORCE or SURROGATE == GAMMA:
+        through_ratio = 0.0
+    elif SURROGATE == REINFORCE_CLIP:
+        through_ratio = tl.where(A > 0, 0.0, g)
+    elif SURROGATE == GEOMETRIC_CLIP:
+        through_ratio = tl.where(saturated, 0.0, loss)
     if KL is not None:
-        kl, slope = kl_term(logprob, ref_logprob, r, saturated, KL)
+        kl, slope, through = kl_term(logprob, ref_logprob, r, saturated, KL)
         loss += kl_coef * kl
         g += kl_coef * slope
+        through_ratio += kl_coef * through
     if OLD_KL is not None:
-        kl, slope = kl_term(logprob, old_logprob, r, saturated, OLD_KL)
+        kl, slope, through = kl_term(logprob, old_logprob, r, saturated, OLD_KL)
         loss += old_kl_coef * kl
         g += old_kl_coef * slope
+        through_ratio += old_kl_coef * through
     h = 0.0
     if WITH_ENTROPY_TERM:
         loss -= entropy_coef * entropy
@@ -237,4 +274,4 @@ def decide(
             g += tl.where(excess <= 0, 0.0, penalty_coef * slope)
         else:
             divergence_coef = tl.where(excess <= 0, 0.0, penalty_coef)  # a NaN exceeds
-    return loss, g, h, r, clipped, divergence_coef
+    return loss, g, h, r, clipped, divergence_coef, through_ratio

@@ -70,6 +70,8 @@ def fused(
     ratio_cap: tl.float32,
     floor_low: tl.float32,
     floor_high: tl.float32,
+    power_low: tl.float32,
+    power_high: tl.float32,
     limit_low: tl.float32,
     limit_high: tl.float32,
     kl_coef: tl.float32,
@@ -139,7 +141,7 @@ def fused(
                         x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
                     )
             entropy_weight = 1.0 if entropy_weights is None else tl.load(entropy_weights + row)
-            loss, g, h, r, code, divergence_coef = decide(
+            loss, g, h, r, code, divergence_coef, _ = decide(
                 logprob,
                 old,
                 tl.load(advantages + row),
@@ -153,6 +155,8 @@ def fused(
                 ratio_cap,
                 floor_low,
                 floor_high,
+                power_low,
+                power_high,
                 limit_low,
                 limit_high,
                 kl_coef,

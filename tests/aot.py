@@ -30,13 +30,19 @@ import dcpo_kernels as dk
 from dcpo_kernels import ops
 from dcpo_kernels.backends import triton as backend
 from dcpo_kernels.kernels import row as kernels
-from dcpo_kernels.objective import DIVERGENCES, KL_ESTIMATORS, SURROGATES, Objective
+from dcpo_kernels.objective import (
+    DIVERGENCES,
+    KL_ESTIMATORS,
+    SURROGATES,
+    WHOLE_RESPONSE,
+    Objective,
+)
 from dcpo_kernels.ops.records import Options, Results, RowCoefficients, Rows, Targets, Tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Every surrogate and every divergence: what "decide" and the row kernel are compiled for.
 OBJECTIVES = {
-    **{name: Objective(name, surrogate=name) for name in SURROGATES},
+    **{name: Objective(name, surrogate=name) for name in SURROGATES if name not in WHOLE_RESPONSE},
     **{name: dk.dppo(name) for name in DIVERGENCES if name != "none"},
 }
 PENALTIES = [dk.dppo(name, penalty_coef=0.1) for name in DIVERGENCES if name != "none"]

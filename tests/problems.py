@@ -32,6 +32,8 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "spo": partial(dk.spo, 0.3, kl_estimator="k2"),
     "drpo": partial(dk.drpo, 0.1, old_kl_coef=0.2, old_kl_estimator="k3_unbiased"),
     "topr": partial(dk.topr, old_kl_coef=0.1, old_kl_estimator="abs"),
+    "gmpo": partial(dk.gmpo, 0.25, 0.35),
+    "vespo": dk.vespo,
     "reinforce": partial(dk.reinforce, kl_estimator="k3_unbiased"),
     "dppo-binary_tv": partial(dk.dppo, "binary_tv", 0.03),
     "dppo-binary_kl": partial(dk.dppo, "binary_kl", 0.01),
@@ -48,7 +50,7 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
 }
 CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "sapo": {0}}  # of `clipped`
 CODES |= {"cispo": {0, 2, 3}, "icepop": {0, 4}, "ipo": {0, 4}, "up": {0, 2, 3}, "topr": {0, 3}}
-CODES |= {"spo": {0}, "drpo": {0}, "reinforce": {0}}
+CODES |= {"spo": {0}, "drpo": {0}, "reinforce": {0}, "vespo": {0}, "gmpo": {0, 1, 2}}
 CODES |= {name: {0, 1, 2} for name in ("grpo", "dapo", "gspo", "inverse_sqrt")}
 CODES |= {name: {0, 4} for name in OBJECTIVES if name.startswith("dppo")}
 CODES |= {name: {0} for name in OBJECTIVES if name.startswith("penalty")}
@@ -203,6 +205,12 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
         objective.aggregation,
         max_length=arguments["max_length"],
     )
+    def of_response(x):
+        """Its mean over each response's tokens, and what is there of it per token."""
+        if mask is not None:
+            return x + (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        return torch.cat([part + part.sum() / max(len(part), 1) for part in x.split(list(lengths))])
+
     ratio = expected.ratio
     if objective.surrogate == "reinforce-clip" or objective.floor_high:
         ratio = ratio.clamp(min=max(objective.floor_high, 1))  # some weigh as much, whatever it is
@@ -211,6 +219,10 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
         g = g * (1 + (1 + ratio) / objective.eps_high)
     if "importance_weights" in arguments:
         g = g * per_token(arguments["importance_weights"])
+    if objective.surrogate == "gamma":
+        g = 10 * per_token(arguments["advantages"]).abs()  # its weight is steep
+    if objective.ratio_level == "sequence":
+        g = of_response(g)
     for kl, anchor in (("kl", "ref_logprobs"), ("old_kl", "old_logprobs")):
         if not getattr(objective, f"{kl}_coef"):
             continue

@@ -111,7 +111,7 @@ VERL = {
         dk.dapo(0.2, 0.28, ratio_cap=3.0),
         clip(0.2, 0.28, 3.0),
     ),
-    "gspo": (dk.gspo(0.02, 0.03), clip(0.02, 0.03)),
+    "gspo": (dk.gspo(0.02, 0.03, ratio_level="sequence-token"), clip(0.02, 0.03)),
     "dppo_tv": (dk.dppo(ratio_cap=1.5), clip(0.15, 0.15, 1.5)),
     "dppo_kl": (dk.dppo("binary_kl"), clip(0.05, 0.05, 20.0)),
     "sapo": (dk.sapo(), {"tau_pos": 1.0, "tau_neg": 1.05}),

@@ -191,7 +191,7 @@ DECIDED |= {f"dapo with {name}": objective for name, objective in ESTIMATORS.ite
 DECIDED["icepop with terms"] = dk.icepop(0.7, 1.3, **EXTRAS)
 
 
-def decide_case(lengths: Tensor, by_response: bool = False, rest: int = 0, drift: float = 0.4):
+def decide_case(lengths, by_response=False, rest=0, drift=0.4, spread=True):
     """Rows of responses and some after them. A third of them have weight 0 and hold NaN."""
     rows = int(lengths.sum()) + rest
     logprobs, weights = -2 * torch.rand(rows) - 0.01, torch.rand(rows) + 0.5
@@ -211,7 +211,7 @@ def decide_case(lengths: Tensor, by_response: bool = False, rest: int = 0, drift
         x[unread] = NAN
     weights[unread] = 0.0
     offsets = torch.cat([integers(0), lengths.cumsum(0)])
-    groups = RatioGroups(by_response, offsets, lengths)
+    groups = RatioGroups(by_response, by_response and spread, offsets, lengths)
     return Read(logprobs, torch.rand(rows)), tokens, groups
 
 
@@ -226,13 +226,16 @@ def assert_decides_as_the_reference(backend, read, tokens, numbers, groups) -> l
     return found
 
 
+LEVELS = [(False, False), (True, False), (True, True)]  # by_response, spread
+
+
 @pytest.mark.parametrize("name", DECIDED)
 def test_decide(name, backend):
     objective = DECIDED[name]
-    levels = [False] if objective.divergence != "none" else [False, True]
-    for by_response in levels:
+    levels = [(False, False)] if objective.divergence != "none" else LEVELS
+    for by_response, spread in levels:
         lengths = integers(40, 0, 1, 70, 300, 20, 30, 20)
-        read, tokens, groups = decide_case(lengths, by_response, rest=7)
+        read, tokens, groups = decide_case(lengths, by_response, rest=7, spread=spread)
         arguments = backend, read, tokens, objective.numbers, groups
         *_, clipped, g, h = assert_decides_as_the_reference(*arguments)
         assert (h.numel() > 0) == (objective.entropy_coef != 0)
@@ -284,7 +287,7 @@ def test_decide_at_the_edges(name, backend):
         )
         read = Read(new.repeat_interleave(2), torch.ones(rows))
         lengths = torch.full((len(new),), 2)
-        groups = RatioGroups(by_response, torch.arange(0, rows + 1, 2), lengths)
+        groups = RatioGroups(by_response, by_response, torch.arange(0, rows + 1, 2), lengths)
         assert_decides_as_the_reference(backend, read, tokens, objective.numbers, groups)
 
 
@@ -384,7 +387,7 @@ def test_a_response_is_the_same_bits_alone_and_among_others(backend):
     rows = slice(900 + int(MANY[:40].sum()), None)  # of the last response
     read = Read(*(x[rows] for x in read if x is not None))
     tokens = Tokens(*(x[rows] for x in tokens if x is not None))
-    groups = RatioGroups(True, integers(0, 2100), integers(2100))
+    groups = RatioGroups(True, True, integers(0, 2100), integers(2100))
     assert_same(
         ops.decide(*read, *tokens, *numbers, *groups, backend), tuple(x[rows] for x in decided)
     )

@@ -393,6 +393,7 @@ def decide(
         ),
         *constants,
         groups.by_response,
+        groups.spread,
     )
 
 

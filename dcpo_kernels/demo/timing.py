@@ -36,7 +36,7 @@ def plain_loss(
         logits = logits / temperature
     logprobs = torch.log_softmax(logits.float(), -1).gather(-1, target_ids[:, None])[:, 0]
     log_ratio = None
-    if objective.ratio_level == "sequence":
+    if objective.by_response:
         moved = (logprobs - old_logprobs).detach()
         means = torch.segment_reduce(moved, "mean", lengths=lengths)
         log_ratio = means.repeat_interleave(lengths)

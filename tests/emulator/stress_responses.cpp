@@ -117,11 +117,13 @@ void run() {
 
   const Floats logprobs = normal(rows), old = normal(rows), advantages = normal(rows);
   Objective numbers{};
-  numbers.surrogate = kClip;
+  numbers.surrogate = coin() ? kClip : coin() ? kGeometricClip : kGamma;
+  numbers.power_low = numbers.power_high = 2.0f;
   numbers.eps_low = numbers.eps_high = 0.2f;
   numbers.ratio_max = numbers.ratio_cap = INFINITY;
   numbers.kl_coef = numbers.entropy_coef = 0.1f;
-  const bool decided_by_response = coin(), with_old = pick(0, 3) > 0, with_importance = coin();
+  const bool decided_by_response = coin(), spread = decided_by_response && coin();
+  const bool with_old = pick(0, 3) > 0, with_importance = coin();
   auto decide = [&](Out& o) {
     return DecideArgs{rows,
                       count,
@@ -134,6 +136,7 @@ void run() {
                       with_importance ? advantages.data() : nullptr,
                       numbers,
                       decided_by_response,
+                      spread,
                       wanted.offsets.data(),
                       wanted.lengths.data(),
                       o.token_loss.data(),
