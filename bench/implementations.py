@@ -17,11 +17,12 @@ from dcpo_kernels.bench.inputs import Inputs
 from dcpo_kernels.bench.operators import Operator
 
 BACKENDS = ("cpu", "cuda", "triton", "reference", "compile", "eager")
-# `fused` launched otherwise than by the backend's table: (backend, its variable, value).
+# `fused` launched otherwise than by the backend's table: (backend, argument of its `fused` or
+# variable of its module, value).
 VARIANTS = {
     "cuda-streaming": ("cuda", "cluster", 0),
     **{f"cuda-cluster-{n}": ("cuda", "cluster", n) for n in (1, 2, 4, 8)},
-    **{f"triton-{n}-threads": ("triton", "program_threads", n) for n in (128, 256, 512)},
+    **{f"triton-{n}-threads": ("triton", "threads", n) for n in (128, 256, 512)},
 }
 
 
@@ -46,15 +47,12 @@ def implementations(
 
 
 def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementation]:
-    if backend not in backends.NAMES:
-        reason = "not a backend of this version"
-    else:
-        reason = backends.unavailable(backend, inputs.case.device)
-        if backend == "triton" and inputs.case.device == "cpu":
-            reason = reason or "its interpreter is no measure of anything"
+    reason = backends.unavailable(backend, inputs.case.device)
+    if backend == "triton" and inputs.case.device == "cpu":
+        reason = reason or "its interpreter is no measure of anything"
     kernels = backend != "reference"
     kind = "ours" if kernels else "plain"
-    traffic = operator.minimum_bytes(inputs) if kernels else None  # what they are built for
+    traffic = operator.minimum_bytes(inputs) if kernels else None  # which they are built for
 
     def row(name: str, inplace: bool) -> Implementation:
         function = operator.ours(inputs, backend, inplace)
@@ -70,19 +68,22 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
 
 
 def _variant(operator: Operator, inputs: Inputs, name: str) -> list[Implementation]:
-    if operator.name != "fused":
-        return []
-    backend, variable, value = VARIANTS[name]
+    if operator.name != "fused" or inputs.objective.by_response:
+        return []  # another kernel is launched
+    backend, argument, value = VARIANTS[name]
     plain = _ours(operator, inputs, backend)[0]
     if plain.make is None:
         return [replace(plain, name=name)]
-    function = operator.ours(inputs, backend, True)
+    function, kernels = operator.ours(inputs, backend, True), backends.kernels(backend)
+    changed = {argument: value}
+    if not hasattr(kernels, argument):
+        changed = {"fused": partial(kernels.fused, **changed)}
 
     def run(logits: Tensor) -> Tensor:
-        with patch(f"dcpo_kernels.backends.{backend}.{variable}", value):
+        with patch.multiple(kernels, **changed):
             return function(logits)
 
-    note = "streaming where a row does not fit" if variable == "cluster" and value else ""
+    note = "streaming where a row does not fit" if argument == "cluster" and value else ""
     make = partial(Call, operator, inputs, run, overwrites=True)
     return [replace(plain, name=f"{name}, in place", make=make, note=note)]
 

@@ -1,6 +1,6 @@
 // What the row kernels are given, on a CPU and on a GPU: views of the logits, the scalars of each
-// row, where the results go. Named as the records of dcpo_kernels/ops/; every array has a value per
-// row, unless it says otherwise. A null pointer is a tensor that is not there.
+// row, where the results go. Named as the records of dcpo_kernels/ops/; an array holds one value
+// per row unless noted. A null pointer: that tensor was not given.
 #pragma once
 
 #include <cstdint>
@@ -45,13 +45,13 @@ struct FusedArgs : Batch {
   int8_t* clipped;
 };
 
-// Read alone.
+// Read only.
 struct StatsArgs : Batch {
   const uint8_t* mask;  // the rows that are read; null: all
   float *logprobs, *entropy, *row_max, *log_sum;
 };
 
-// Write alone: dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]
+// Write only: dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]
 struct GradientArgs : Batch {
   View gradient;
   const float *row_max, *log_sum, *entropy, *g, *h;

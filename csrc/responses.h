@@ -32,13 +32,13 @@ constexpr int kMaxValues = 4;              // advantages, importance weights, te
 struct Grouping {
   const uint8_t* mask;
   const int64_t* lengths;
-  const int64_t* response_lengths;  // tokens of the whole response; null: all of them are here
-  const float* weights;             // [rows], in the place of the aggregation's
   int aggregation;
   int64_t num_responses, num_tokens, max_length;
   const float *num_responses_on_device, *num_tokens_on_device, *max_length_on_device;
   const float* skip_zero;
   bool skip_by_response, skip_whole_responses;
+  const int64_t* response_lengths;  // tokens of the whole response; null: all of them are here
+  const float* weights;             // [rows], in the place of the aggregation's
 };
 
 struct Responses {
@@ -94,7 +94,7 @@ DCPO_HD void add(Counts& c, int64_t length) {
 
 // Where a response ends, from the sum of the lengths so far: never outside the rows.
 DCPO_HD int64_t within(int64_t sum, int64_t rows) { return sum < 0 ? 0 : sum > rows ? rows : sum; }
-// Lengths that nobody looked at may add up to more than 64 bits hold; then the sum wraps.
+// Unchecked lengths may overflow 64 bits; then the sum wraps, which is defined for unsigned only.
 DCPO_HD int64_t wrapping_add(int64_t a, int64_t b) {
   return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
 }
@@ -106,13 +106,13 @@ DCPO_HD int64_t length_of(const TokenWeightsArgs& a, int64_t response) {
 
 DCPO_HD bool counts(const Grouping& g, int64_t row) { return !g.mask || g.mask[row] != 0; }
 
-// Whether skip_zero lets a row be read. With skip_whole_responses all rows of a response are, if
-// one that counts is.
+// Whether skip_zero leaves a row to be read. With skip_whole_responses a response is read whole if
+// one of its rows that count is.
 DCPO_HD bool live(const Grouping& g, int64_t response, int64_t row) {
   return !g.skip_zero || g.skip_zero[g.skip_by_response ? response : row] != 0.0f;
 }
 
-// A total of the whole batch; NaN for one that can't be, as it is less than what is counted here.
+// A total of the whole batch; NaN if it is not > 0 or smaller than what is counted in this call.
 DCPO_HD float total(int64_t given, const float* on_device, int64_t counted) {
   const float here = static_cast<float>(counted);
   if (!on_device && given == kAsCounted) return here;
@@ -185,13 +185,13 @@ DCPO_HD Token token_of(const DecideArgs& a, int64_t row) {
   return t;
 }
 
-// What a row adds to its response's log-ratio. A row of weight 0 is not looked at.
+// What a row adds to its response's log-ratio: nothing where its weight is 0.
 DCPO_HD float log_ratio_of(const DecideArgs& a, int64_t row) {
   return a.weights[row] == 0.0f ? 0.0f : log_ratio_part(a.objective, token_of(a, row));
 }
 
-// Rows [begin, end) are a response's. Those up to `last` take its ratio: the last response has the
-// rows that come after it, and where there is no response at all one of no rows has them.
+// A response has the rows [begin, end), and its ratio serves [begin, last): rows after the last
+// response take that one's ratio, and without any response all rows take that of an empty one.
 struct ResponseRows {
   int64_t begin, end, last, length;
 };

@@ -105,7 +105,7 @@ def token_batch(
         log_ratio=None,
         entropy_weights=None,
     )
-    one_ratio = objective.ratio_level == "sequence"
+    one_ratio = objective.by_response
     if response_log_ratio is not None:
         if not one_ratio:
             raise ValueError(
@@ -365,8 +365,8 @@ def _grouping(
     if lengths is None:
         if mask is None or logits.dim() != 3:
             raise ValueError(
-                "mask [B, T] (padded logits) or lengths [R] (packed logits, with or without a mask) "
-                f"tell which tokens form a response; got logits {list(logits.shape)} and "
+                "mask [B, T] (padded logits) or lengths [R] (packed logits, with or without a "
+                f"mask) tell which tokens form a response; got logits {list(logits.shape)} and "
                 f"{'neither' if mask is None else 'no lengths'}"
             )
         return token_mask, None, False

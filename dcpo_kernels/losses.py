@@ -24,6 +24,8 @@ from dcpo_kernels.ops.records import (
 )
 from dcpo_kernels.presets import dcpo
 
+_DEFAULT = dcpo()
+
 
 class PolicyLoss(NamedTuple):
     """What `policy_loss` returns. Per token: of the shape of target_ids, 0 (ratio 1) for tokens
@@ -307,7 +309,7 @@ def policy_loss(
     arguments.check_transforms("policy_loss", logits)
     batch = arguments.token_batch(
         logits,
-        dcpo() if objective is None else objective,
+        _DEFAULT if objective is None else objective,
         old_logprobs,
         advantages,
         mask=mask,
@@ -413,7 +415,7 @@ def policy_loss_from_logprobs(
             f"logprobs must be a tensor, [N] packed or [B, T] padded, got "
             f"{list(logprobs.shape) if isinstance(logprobs, Tensor) else type(logprobs).__name__}"
         )
-    objective = dcpo() if objective is None else objective
+    objective = _DEFAULT if objective is None else objective
     backend = backends.choose(backend, logprobs.device.type)
     arguments.check_transforms("policy_loss_from_logprobs", logprobs)
     like = logprobs.unsqueeze(-1)  # a row of one logit per token
@@ -444,7 +446,8 @@ def policy_loss_from_logprobs(
         )
     if objective.entropy_coef != 0 and entropy is None:
         raise ValueError(
-            f"objective {objective.name} has entropy_coef={objective.entropy_coef} and needs entropy"
+            f"objective {objective.name} has entropy_coef={objective.entropy_coef} and needs "
+            "entropy"
         )
     logprobs = arguments.values_of("logprobs", logprobs, like, backend)
     if entropy is not None:

@@ -77,8 +77,8 @@ def check_totals(totals: Grouping, lengths: Tensor) -> None:
         if count < 0:
             assert totals.response_lengths is not None
             raise ValueError(
-                f"response_lengths[{i}] is {int(totals.response_lengths[i])}, fewer tokens than this "
-                "call alone has of the response"
+                f"response_lengths[{i}] is {int(totals.response_lengths[i])}, fewer tokens than "
+                "this call alone has of the response"
             )
     counted = {
         "num_responses": sum(n > 0 for n in counts),

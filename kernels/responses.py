@@ -1,5 +1,5 @@
-"""The operators around the vocabulary kernel in Triton, one launch each: some bytes per row and
-response, where the vocabulary kernel moves hundreds of thousands.
+"""The operators around the vocabulary kernel in Triton, one launch each. They move some bytes per
+row and response; the vocabulary kernel moves hundreds of thousands per row.
 
 token_weights is one program, since each weight waits for the counts of the whole call; so is the
 summary of finish. csrc/cuda/responses.cu has the model of what that costs. Sums have a fixed order.
@@ -19,9 +19,7 @@ from dcpo_kernels.kernels.decide import (
     GEOMETRIC_CLIP,
     log_ratio_part,
 )
-from dcpo_kernels.kernels.decide import (
-    decide as decide_tokens,
-)
+from dcpo_kernels.kernels.decide import decide as decide_tokens
 from dcpo_kernels.kernels.tiles import kernel
 
 ONLY_TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("only-token-mean"))
@@ -78,7 +76,7 @@ def count_tokens(mask, rows, here):
 
 @triton.jit
 def live_rows(skip_zero, responses, rows, counted, BY_RESPONSE: tl.constexpr):
-    """Which of those that count skip_zero lets be read."""
+    """Those of the rows that count which skip_zero leaves to be read."""
     if skip_zero is not None:
         at = tl.broadcast_to(responses[:, None], rows.shape) if BY_RESPONSE else rows
         counted = tl.load(skip_zero + at, mask=counted, other=0.0) != 0
@@ -87,7 +85,7 @@ def live_rows(skip_zero, responses, rows, counted, BY_RESPONSE: tl.constexpr):
 
 @triton.jit
 def total(given, on_device, counted):
-    """Of the whole batch; NaN for one that can't be, as it is less than what is counted here."""
+    """Of the whole batch; NaN if it is not > 0 or smaller than what is counted in this call."""
     here = counted.to(tl.float32)
     whole = here
     if on_device is not None:
@@ -379,7 +377,7 @@ def decide(
         tl.store(clipped + at, tl.where(live, code, 0).to(tl.int8), mask=here)
         if SPREAD:
             slope = tl.where(shares(code, SURROGATE), slope - through_ratio, slope)
-            pulls += tl.where(live, through_ratio * weight, 0.0)
+            pulls += tl.where(live & (at < end), through_ratio * weight, 0.0)
         tl.store(g + at, tl.where(live, slope * weight, 0.0), mask=here)
         if h is not None:
             entropy_slope *= weight * entropy_weight
@@ -388,9 +386,9 @@ def decide(
         # Each token's share of what pulls at the response's ratio
         share = tl.sum(pulls, 0) / tokens
         tl.debug_barrier()  # other threads may read g than wrote it
-        for start in range(begin, end, BLOCK):
+        for start in range(begin, last, BLOCK):
             at = start + columns
-            here = at < end
+            here = at < last
             code = tl.load(clipped + at, mask=here, other=0)
             takes = (tl.load(weights + at, mask=here, other=0.0) != 0) & shares(code, SURROGATE)
             own = tl.load(g + at, mask=here, other=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -14,6 +14,7 @@ import pytest
 import torch
 from bench_runs import CASE, OURS
 
+from dcpo_kernels import backends
 from dcpo_kernels.bench import gpu_check, implementations, inputs, screen
 from dcpo_kernels.bench.operators import operators
 
@@ -163,16 +164,21 @@ def test_sanitize_names_the_tools_that_found_something(tmp_path):
 # ---- other ways to launch ------------------------------------------------------------------------
 
 
-def test_variants_name_variables_that_there_are():
-    for backend, variable, value in implementations.VARIANTS.values():
-        module = importlib.import_module(f"dcpo_kernels.backends.{backend}")
-        assert type(getattr(module, variable)) is type(value)
+def test_variants_name_arguments_that_there_are():
+    for backend, name, value in implementations.VARIANTS.values():
+        kernels = backends.kernels(backend)
+        arguments = inspect.signature(kernels.fused).parameters
+        default = getattr(kernels, name) if hasattr(kernels, name) else arguments[name].default
+        assert type(default) is type(value)
 
 
 def test_a_variant_is_launched_its_way_and_only_it(monkeypatch):
     seen = []
-    backend = importlib.import_module("dcpo_kernels.backends.reference")
-    monkeypatch.setattr(backend, "way", 0, raising=False)
+    kernels, launched = backends.kernels("reference"), []
+    fused = kernels.fused
+    monkeypatch.setattr(
+        kernels, "fused", lambda *records, way=0: (launched.append(way), fused(*records))
+    )
     monkeypatch.setattr(implementations, "VARIANTS", {"other": ("reference", "way", 7)})
     right = operators()["fused"]
     data = inputs.make(CASE)
@@ -186,16 +192,18 @@ def test_a_variant_is_launched_its_way_and_only_it(monkeypatch):
             function = right.ours(data, name, False)
 
             def run(logits: torch.Tensor) -> torch.Tensor:
-                seen.append((backend.way, inplace))
+                seen.append(inplace)
                 return function(logits)
 
             return run
 
     found = implementations.implementations(Watched, data, ["other"], [])
     assert [row.name for row in found] == ["other, in place", "copy"]
-    assert seen == [] and backend.way == 0
+    assert launched == []
     implementations.Call(right, data, found[0].make().function)()
-    assert seen == [(7, True)] and backend.way == 0
+    assert (launched, seen) == ([7], [True])
+    implementations.Call(right, data, right.ours(data, "reference", False))()
+    assert launched == [7, 0]
 
 
 # ---- a machine that lacks what only looks good ---------------------------------------------------

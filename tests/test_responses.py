@@ -9,7 +9,7 @@ import subprocess
 import emulator
 import pytest
 import torch
-from conftest import INTERPRETED, KERNELS
+from backends import CPU, SLOW, needs_kernels, use
 from problems import CODES, OBJECTIVES, pairs
 from torch import Tensor
 
@@ -20,18 +20,12 @@ from dcpo_kernels.objective import AGGREGATIONS, KL_ESTIMATORS
 from dcpo_kernels.ops.records import Grouping, RatioGroups, Read, Responses, Results, Tokens
 
 NAN, INF = float("nan"), float("inf")
-COMPILED = ["cpu"] if KERNELS else []
 
 
-@pytest.fixture(params=[*COMPILED, *INTERPRETED, "cuda"])
-def backend(request, monkeypatch):
-    """CUDA in the emulator."""
-    if request.param == "cuda":
-        emulator.install(monkeypatch)
-    yield request.param
-    if request.param == "cuda":
-        monkeypatch.undo()
-        backends.unavailable.cache_clear()
+@pytest.fixture(params=[*CPU[:1], *SLOW])
+def backend(request):
+    with use(request.param) as name:
+        yield name
 
 
 def assert_same(found, expected, rtol: float = 0.0, atol: float = 0.0) -> None:
@@ -204,10 +198,11 @@ def decide_case(lengths, by_response=False, rest=0, drift=0.4, spread=True):
         weights=weights,
         ref_logprobs=logprobs + torch.randn(rows),
         importance_weights=torch.rand(rows) + 0.5,
+        log_ratio=None if by_response else 0.1 * torch.randn(rows),
+        entropy_weights=torch.rand(rows) + 0.5,
     )
     unread = torch.rand(rows) < 0.3
-    for x in (logprobs, *tokens):
-        assert x is not None
+    for x in filter(torch.is_tensor, (logprobs, *tokens)):
         x[unread] = NAN
     weights[unread] = 0.0
     offsets = torch.cat([integers(0), lengths.cumsum(0)])
@@ -250,7 +245,7 @@ def test_decide_without_what_is_optional(name, by_response, backend):
     objective = DECIDED[name]
     read, tokens, groups = decide_case(integers(20, 9), by_response)
     read = read._replace(entropy=None)
-    tokens = tokens._replace(ref_logprobs=None, importance_weights=None)
+    tokens = Tokens(*tokens[:3], None, None)
     arguments = objective.numbers, groups
     assert_decides_as_the_reference(backend, read, tokens, *arguments)
     tokens = tokens._replace(old_logprobs=None)
@@ -312,7 +307,7 @@ def finish_case(lengths: Tensor, rest: int = 0, with_entropy: bool = True):
     rows = int(lengths.sum()) + rest
     weights = torch.where(torch.rand(rows) < 0.7, torch.rand(rows), 0.0)
     read = weights != 0
-    counted = read | (torch.rand(rows) < 0.5)
+    counted = (read | (torch.rand(rows) < 0.5)) & (torch.arange(rows) < rows - rest)
     results = Results(
         token_loss=torch.randn(rows) * read,
         logprobs=-torch.rand(rows) * read,
@@ -386,7 +381,7 @@ def test_a_response_is_the_same_bits_alone_and_among_others(backend):
 
     rows = slice(900 + int(MANY[:40].sum()), None)  # of the last response
     read = Read(*(x[rows] for x in read if x is not None))
-    tokens = Tokens(*(x[rows] for x in tokens if x is not None))
+    tokens = Tokens(*(None if x is None else x[rows] for x in tokens))
     groups = RatioGroups(True, True, integers(0, 2100), integers(2100))
     assert_same(
         ops.decide(*read, *tokens, *numbers, *groups, backend), tuple(x[rows] for x in decided)
@@ -399,17 +394,11 @@ def test_a_response_is_the_same_bits_alone_and_among_others(backend):
 
 # ---- under sanitizers ---------------------------------------------------------------------------
 
-STRESS = (
-    "stress_responses.cpp",
-    "cuda.cpp",
-    "hopper.cpp",
-    "cuda/responses.cu",
-    "cpu/responses.cpp",
-)
+STRESS = ("cuda.cpp", "hopper.cpp", "cuda/responses.cu", "cpu/responses.cpp")
 
 
 def stress(*arguments: int, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    program = emulator.build("stress_responses", STRESS, *flags)
+    program = emulator.build("stress_responses", ("stress_responses.cpp", *STRESS), *flags)
     return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
 
 
@@ -427,7 +416,7 @@ def test_a_missing_barrier_would_be_noticed():
 # ---- as torch sees them -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["reference", *COMPILED])
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_kernels)])
 def test_opcheck(name):
     like, g, values = token_weights_case("packed with holes", skip="whole responses")
     torch.library.opcheck(ops.token_weights, (like, *g, values, name))
@@ -442,7 +431,7 @@ def test_opcheck(name):
         torch.library.opcheck(ops.finish, (*results, *responses, name))
 
 
-@pytest.mark.skipif(not KERNELS, reason="the compiled module is missing")
+@needs_kernels
 def test_what_the_compiled_module_is_passed():
     """Exactly the fields, by their names, and float32."""
     from dcpo_kernels.backends import _compiled

@@ -15,7 +15,7 @@ def minimum_bytes(inputs: Inputs) -> int:
     every row of the gradient is written. A full divergence reads the old row too. What there is per
     token is some 50 bytes beside 300,000."""
     row = inputs.case.vocab * inputs.logits.element_size()
-    reads = 2 if inputs.objective.ratio_level == "sequence" else 1
+    reads = 2 if inputs.objective.by_response else 1
     reads += inputs.objective.needs_old_logits
     return row * (reads * inputs.counting_rows(skips(inputs)) + inputs.target_ids.numel())
 
@@ -29,13 +29,8 @@ def ours(inputs: Inputs, backend: str, inplace: bool) -> Function:
     arguments = inputs.loss_arguments()
 
     def run(logits: Tensor) -> Tensor:
-        return dk.policy_loss(
-            logits,
-            **arguments,
-            backend=backend,
-            inplace=inplace,
-            skip_zero_advantage=skips(inputs),
-        ).loss
+        options = {"inplace": inplace, "skip_zero_advantage": skips(inputs)}
+        return dk.policy_loss(logits, **arguments, **options, backend=backend).loss
 
     return run
 
@@ -48,5 +43,5 @@ OPERATOR = Operator(
     upstream=False,
     minimum_bytes=minimum_bytes,
     ours=ours,
-    plain=lambda inputs: plain.policy_loss(inputs, plain.logprobs(inputs)),
+    plain=lambda inputs: plain.policy_loss(**inputs.loss_arguments()),
 )

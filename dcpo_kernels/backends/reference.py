@@ -37,22 +37,7 @@ from dcpo_kernels.objective import (
 from dcpo_kernels.responses import response_weights
 
 if TYPE_CHECKING:
-    from dcpo_kernels.ops.records import (
-        Coefficients,
-        Decisions,
-        Grouping,
-        Options,
-        RatioGroups,
-        Read,
-        Responses,
-        Results,
-        RowCoefficients,
-        Rows,
-        RowStats,
-        Targets,
-        Tokens,
-        Totals,
-    )
+    from dcpo_kernels.ops import records
 
 Temperature = float | Tensor  # one for all rows, or [N]
 
@@ -161,7 +146,7 @@ def _read_rows(x: Any, read: Tensor, nothing: float = 0.0) -> Any:
     return torch.where(read.view(-1, *[1] * (x.dim() - 1)), x, nothing)
 
 
-def _read_tokens(tokens: Tokens, read: Tensor, dtype: torch.dtype) -> Tokens:
+def _read_tokens(tokens: records.Tokens, read: Tensor, dtype: torch.dtype) -> records.Tokens:
     values: list[Any] = [None if x is None else _read_rows(x, read).to(dtype) for x in tokens]
     return type(tokens)(*values)
 
@@ -179,11 +164,11 @@ def _autograd(enabled: bool) -> Iterator[None]:
 def fused(
     logits: Tensor,
     gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
-    rows: Rows,
-    tokens: Tokens,
+    rows: records.Rows,
+    tokens: records.Tokens,
     numbers: Numbers,
-    options: Options,
-    results: Results,
+    options: records.Options,
+    results: records.Results,
 ) -> None:
     read, dtype = tokens.weights != 0, compute_dtype(logits)
     # Upcast here and nowhere else: then the gradient is rounded to the dtype of the logits once.
@@ -238,7 +223,9 @@ def _temperature(
     return torch.where(T > 0, T, torch.nan)
 
 
-def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStats) -> None:
+def row_stats(
+    logits: Tensor, targets: records.Targets, options: records.Options, stats: records.RowStats
+) -> None:
     dtype = compute_dtype(logits)
     read = torch.ones_like(targets.target_ids, dtype=torch.bool)
     if targets.mask is not None:
@@ -253,7 +240,7 @@ def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStat
 def row_gradient(
     logits: Tensor,
     gradient: Tensor,
-    coefficients: RowCoefficients,
+    coefficients: records.RowCoefficients,
     factor: Tensor | None,
     temperature: float,
 ) -> None:
@@ -282,7 +269,10 @@ def multiply_(x: Tensor, factor: Tensor) -> None:
 
 
 def token_weights(
-    grouping: Grouping, values: list[Tensor], responses: Responses, spread: list[Tensor]
+    grouping: records.Grouping,
+    values: list[Tensor],
+    responses: records.Responses,
+    spread: list[Tensor],
 ) -> None:
     shape, device = responses.mask.shape, responses.mask.device
     rows, count = responses.mask.numel(), responses.lengths.numel()
@@ -330,12 +320,12 @@ def token_weights(
 
 
 def decide(
-    read: Read,
-    tokens: Tokens,
+    read: records.Read,
+    tokens: records.Tokens,
     numbers: Numbers,
-    groups: RatioGroups,
-    decisions: Decisions,
-    coefficients: Coefficients,
+    groups: records.RatioGroups,
+    decisions: records.Decisions,
+    coefficients: records.Coefficients,
 ) -> None:
     live = tokens.weights != 0
     dtype = read.logprobs.dtype
@@ -372,9 +362,10 @@ def decide(
         result.copy_(_counted(values, live, 1 if values is decision.ratio else 0))
     weights = tokens.weights.view(live.shape)
     g = _counted(decision.g, live) * weights
-    if groups.spread and count:
+    if groups.spread:
         pull = _counted(decision.through_ratio, live) * weights
-        share = _response_means(pull.reshape(-1), groups.offsets, groups.lengths)[index]
+        share = _response_means(pull.reshape(-1), groups.offsets, groups.lengths)
+        share = share[index] if count else torch.zeros_like(logprobs)
         shares = (decision.clipped == CLIP_NONE) | (numbers.surrogate != GEOMETRIC_CLIP)
         shares = shares.view(live.shape) & live
         g = g + torch.where(shares, share.view(live.shape) - pull, 0.0)
@@ -393,7 +384,7 @@ def _response_means(x: Tensor, offsets: Tensor, lengths: Tensor) -> Tensor:
     return sums[:-1] / lengths.clamp(min=1)
 
 
-def finish(results: Results, responses: Responses, totals: Totals) -> None:
+def finish(results: records.Results, responses: records.Responses, totals: records.Totals) -> None:
     token_loss, logprobs, entropy, ratio, clipped = (x.reshape(-1) for x in results)
     weights = responses.weights.reshape(-1)
     read = weights != 0

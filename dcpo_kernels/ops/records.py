@@ -31,8 +31,8 @@ class Tokens(NamedTuple):
     weights: Tensor  # 0: the row is not read, its results are 0 and its ratio 1
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
-    log_ratio: Tensor | None  # that the ratio is taken from; None: logp - old_logp
-    entropy_weights: Tensor | None  # of the entropy term, as multiples of the weight; None: 1
+    log_ratio: Tensor | None = None  # that the ratio is taken from; None: logp - old_logp
+    entropy_weights: Tensor | None = None  # of the entropy term, times the weight; None: 1
 
 
 class Options(NamedTuple):
@@ -86,8 +86,6 @@ class Grouping(NamedTuple):
 
     mask: Tensor | None  # [N] bool or uint8, nonzero where a token counts; None: all of them do
     lengths: Tensor | None  # [R] int64 rows of each response; None: T rows each of [B, T]
-    response_lengths: Tensor | None  # [R] int64 tokens of the whole response; None: all are here
-    weights: Tensor | None  # [N] float32, in the place of the aggregation's
     aggregation: int  # place in objective.AGGREGATIONS
     num_responses: int | None  # of the whole batch; None: as counted here
     num_tokens: int | None
@@ -98,6 +96,8 @@ class Grouping(NamedTuple):
     skip_zero: Tensor | None  # [N] or [R] float32: where it is 0, the weight is
     skip_by_response: bool  # skip_zero is [R]
     skip_whole_responses: bool  # only where it is 0 for all tokens of the response that count
+    response_lengths: Tensor | None = None  # [R] int64 of whole responses; None: all is here
+    weights: Tensor | None = None  # [N] float32, in the place of the aggregation's
 
 
 class Responses(NamedTuple):

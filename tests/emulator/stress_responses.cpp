@@ -84,11 +84,14 @@ void run() {
   const bool by_response = coin(), whole = coin(), skip = coin();
   const Floats skip_zero = with_zeros(normal(by_response ? count : rows)), values = normal(count);
   const float total = 1e6f;
+  std::vector<int64_t> whole_lengths(count);
+  for (int64_t& n : whole_lengths) n = pick(0, 30);
+  const Floats given = with_zeros(normal(rows));
 
   Out found(rows, count), wanted(rows, count);
   const Grouping grouping{coin() ? mask.data() : nullptr,
                           padded ? nullptr : lengths.data(),
-                          static_cast<int>(pick(0, 4)),
+                          static_cast<int>(pick(0, 5)),
                           coin() ? kAsCounted : 100000,
                           coin() ? kAsCounted : 0,
                           10000,
@@ -97,7 +100,9 @@ void run() {
                           nullptr,
                           skip ? skip_zero.data() : nullptr,
                           by_response,
-                          skip && whole};
+                          skip && whole,
+                          coin() ? whole_lengths.data() : nullptr,
+                          coin() ? given.data() : nullptr};
   auto token_weights = [&](Out& o) {
     return TokenWeightsArgs{rows,
                             count,
@@ -123,7 +128,8 @@ void run() {
   numbers.ratio_max = numbers.ratio_cap = INFINITY;
   numbers.kl_coef = numbers.entropy_coef = 0.1f;
   const bool decided_by_response = coin(), spread = decided_by_response && coin();
-  const bool with_old = pick(0, 3) > 0, with_importance = coin();
+  const bool with_old = pick(0, 3) > 0, with_importance = numbers.surrogate != kGamma && coin();
+  const bool with_log_ratio = coin(), with_entropy_weights = coin();
   auto decide = [&](Out& o) {
     return DecideArgs{rows,
                       count,
@@ -134,6 +140,8 @@ void run() {
                       wanted.weights.data(),
                       old.data(),
                       with_importance ? advantages.data() : nullptr,
+                      with_log_ratio ? old.data() : nullptr,
+                      with_entropy_weights ? advantages.data() : nullptr,
                       numbers,
                       decided_by_response,
                       spread,
