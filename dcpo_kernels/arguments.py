@@ -122,7 +122,7 @@ def token_batch(
         log_ratio=None,
         entropy_weights=None,
     )
-    one_ratio = objective.ratio_level == "sequence"
+    one_ratio = objective.by_response
     if response_log_ratio is not None:
         if not one_ratio:
             raise ValueError(
@@ -137,7 +137,7 @@ def token_batch(
             raise ValueError(
                 f"response_lengths means that responses are not whole in this call, and objective "
                 f"{objective.name} takes one ratio of a whole response: pass response_log_ratio "
-                f"[{responses}] too, its mean log-ratio"
+                f"[{responses}] too, its log-ratio"
             )
         response_lengths = _integers("response_lengths", response_lengths)
         response_lengths = _per_response(
@@ -461,7 +461,7 @@ def _check_lengths(lengths: list[int], rows: int, objective: Objective) -> None:
         )
         raise ValueError(
             f"lengths add up to {sum(lengths)}, but there are {rows} rows of logits"
-            + (whole if objective.ratio_level == "sequence" else "")
+            + (whole if objective.by_response else "")
         )
 
 

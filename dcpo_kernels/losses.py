@@ -34,7 +34,7 @@ class PolicyLoss(NamedTuple):
     token_loss: Tensor  # before weighting, KL and entropy terms included
     logprobs: Tensor  # of the targets, under logits / temperature
     entropy: Tensor | None  # nats; None unless with_entropy or entropy_coef
-    ratio: Tensor  # exp(logprobs - old_logprobs), per response for ratio_level="sequence"
+    ratio: Tensor  # exp(logprobs - old_logprobs), per response for a ratio_level other than "token"
     clipped: Tensor  # int8: 0 none, 1 high, 2 low, 3 cap, 4 region
     response_loss: Tensor  # [R]: mean of token_loss over the response's tokens, 0 where it has none
     mask: Tensor  # bool: the token counts
@@ -151,7 +151,8 @@ def _decided(
     read: Read, batch: arguments.Batch, responses: Responses
 ) -> tuple[Results, Tensor, Tensor]:
     """Results, and the derivatives of the loss in the log-probabilities and in the entropy."""
-    groups = RatioGroups(batch.ratio_by_response, responses.offsets, responses.lengths)
+    spread = batch.ratio_by_response and batch.objective.ratio_level == "sequence"
+    groups = RatioGroups(batch.ratio_by_response, spread, responses.offsets, responses.lengths)
     token_loss, ratio, clipped, g, h = ops.decide(
         *read, *batch.tokens, *batch.objective.numbers, *groups, batch.backend
     )
