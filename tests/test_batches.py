@@ -3,6 +3,8 @@ log-probabilities."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from backends import CPU, GPU, SLOW, on_backends
@@ -99,11 +101,14 @@ def test_responses_cut_into_parts(use_backend, aggregation, name):
 @pytest.mark.parametrize("name", SOME)
 def test_weights_of_ones_own(use_backend, name, layout):
     """They take the place of the aggregation, also of one that would want max_length."""
-    p = problem(OBJECTIVES[name](aggregation="token-sum"), lengths=LENGTHS, layout=layout)
+    # With ratio_level="sequence" a token's weight pulls at its whole response.
+    level = {"ratio_level": "sequence-token"} if name == "gspo" else {}
+    objective = OBJECTIVES[name](aggregation="token-sum", **level)
+    p = problem(objective, lengths=LENGTHS, layout=layout)
     sums, want = p.run(backend=use_backend)
     weights = torch.rand(p.logits.shape[:-1]) * (torch.rand(p.logits.shape[:-1]) > 0.3)
     weights = weights + (sum(LENGTHS) > 0) * 0.1 if name == "gspo" else weights
-    objective = OBJECTIVES[name](aggregation="seq-mean-token-sum-norm")
+    objective = replace(objective, aggregation="seq-mean-token-sum-norm")
     out, gradient = p.run(
         weights=weights, objective=objective, max_length=None, backend=use_backend
     )
