@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dcpo_kernels import backends
-from dcpo_kernels.objective import AGGREGATIONS, MAX_K, Objective
+from dcpo_kernels.objective import AGGREGATIONS, MAX_K, WHOLE_RESPONSE, Objective
 from dcpo_kernels.ops.library import check_places
 from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens, replaced
 from dcpo_kernels.presets import dcpo
@@ -128,6 +128,11 @@ def token_batch(
             raise ValueError(
                 f"response_log_ratio is for objectives with one ratio per response, and "
                 f"{objective.name} has one per token"
+            )
+        if objective.surrogate in WHOLE_RESPONSE:
+            raise ValueError(
+                f"response_log_ratio is not all that objective {objective.name} wants of a "
+                "response: each must be whole in a call"
             )
         by_response["log_ratio"] = _per_response(
             "response_log_ratio", response_log_ratio, logits, responses, FLOATS, torch.float32

@@ -299,7 +299,9 @@ def policy_loss(
         1/n_i, and without totals the number of responses and tokens too. response_loss is then
         this part's share of the mean.
     response_log_ratio: [R], for objectives with one ratio per response: its logarithm, the mean of
-        logp - old_logp over the whole response, known beforehand. Then it is one pass.
+        logp - old_logp over the whole response, known beforehand. Then it is one pass, and each
+        token has the gradient of its own term: the same where advantage and weight are one per
+        response.
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
         it into micro-batches changes nothing. One that is smaller than what is in the call is an
         error; where that would mean waiting for a GPU, the loss is NaN.
@@ -385,11 +387,12 @@ def _from_logprobs(
 class _FromLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, entropy, batch):
-        out, g, h = _from_logprobs(logprobs.detach(), entropy, batch)
+        # copies: they are outputs too
+        own = None if entropy is None else entropy.clone()
+        out, g, h = _from_logprobs(logprobs.clone(), own, batch)
         _without_zeros(ctx)
         ctx.save_for_backward(g, h)
-        loss, token_loss, logprobs, *others = out
-        others = (token_loss, logprobs.clone(), others[0].clone(), *others[1:])
+        loss, *others = out
         ctx.mark_non_differentiable(*others)
         return loss, *others
 

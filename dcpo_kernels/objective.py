@@ -228,8 +228,9 @@ class Objective:
                 f"ratio_level={self.ratio_level!r} responses"
             )
 
-        bare = {"name": self.name, "aggregation": self.aggregation}
-        if self.function is not None and replace(self, function=None) != Objective(**bare):
+        if self.function is not None and replace(self, function=None) != Objective(
+            self.name, aggregation=self.aggregation
+        ):
             raise ValueError(
                 f"{self.name}: a function is the whole loss of a token: with it an objective has "
                 "an aggregation and nothing else"

@@ -66,7 +66,7 @@ DEFAULTS = {
     "ratio_level": "token", "divergence": "none",
     "limit_low": INF, "limit_high": INF, "aggregation": "token-mean",
     "kl_coef": 0.0, "kl_estimator": "k3", "old_kl_coef": 0.0, "old_kl_estimator": "k3",
-    "entropy_coef": 0.0, "penalty_coef": 0.0,
+    "entropy_coef": 0.0, "penalty_coef": 0.0, "function": None,
 }  # fmt: skip
 
 
