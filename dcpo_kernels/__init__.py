@@ -4,6 +4,7 @@ logits."""
 from dcpo_kernels._version import __version__
 from dcpo_kernels.advantages import SmoothAdvantage, group_advantage, overlong_punishment
 from dcpo_kernels.critic import gae, value_loss
+from dcpo_kernels.function import TokenValues
 from dcpo_kernels.losses import (
     PolicyLoss,
     policy_loss,
@@ -36,11 +37,13 @@ from dcpo_kernels.presets import (
     vespo,
 )
 from dcpo_kernels.responses import token_weights
+from dcpo_kernels.rollout import rollout_mask, rollout_weights
 
 __all__ = [
     "Objective",
     "PolicyLoss",
     "SmoothAdvantage",
+    "TokenValues",
     "__version__",
     "bnpo",
     "cispo",
@@ -64,6 +67,8 @@ __all__ = [
     "ppo",
     "reinforce",
     "response_utilization_ratio",
+    "rollout_mask",
+    "rollout_weights",
     "sapo",
     "selected_logprobs",
     "spo",

@@ -6,9 +6,10 @@ decide.py is the formula that reads them; presets.py has one line per paper.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The place of a name is the code that kernels know it by (csrc/decide.h, kernels/decide.py).
 SURROGATES = (
@@ -114,6 +115,8 @@ class Objective:
         other's: "k1" is x, "k2" x^2 / 2, "k3" exp(-x) - 1 + x, "abs" |x|, "k3+" k3 with the
         gradient of k2 (verl), "k3_unbiased" r times k3, with the gradient of both (DeepSeek-V3.2,
         TRL's default).
+    function: the token's loss in the place of everything here but the aggregation, from
+        `TokenValues`.
     """
 
     name: str
@@ -137,6 +140,7 @@ class Objective:
     old_kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     penalty_coef: float = 0.0
+    function: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         choices = {**_CODES, "ratio_level": RATIO_LEVELS, "aggregation": AGGREGATIONS}
@@ -224,6 +228,13 @@ class Objective:
                 f"ratio_level={self.ratio_level!r} responses"
             )
 
+        bare = {"name": self.name, "aggregation": self.aggregation}
+        if self.function is not None and replace(self, function=None) != Objective(**bare):
+            raise ValueError(
+                f"{self.name}: a function is the whole loss of a token: with it an objective has "
+                "an aggregation and nothing else"
+            )
+
     @property
     def by_response(self) -> bool:
         """Whether the tokens of a response have one ratio."""
@@ -240,7 +251,7 @@ class Objective:
     def pulls_without_advantage(self) -> bool:
         """Whether a token of advantage 0 may have a gradient."""
         terms = (self.kl_coef, self.old_kl_coef, self.entropy_coef, self.penalty_coef)
-        return any(coefficient != 0 for coefficient in terms)
+        return self.function is not None or any(coefficient != 0 for coefficient in terms)
 
     @property
     def needs_topk(self) -> bool:

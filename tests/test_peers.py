@@ -167,9 +167,13 @@ def test_verl_kl(verl, batch, estimator, use_backend):
 def trl():
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed")
 
+    gmpo = pytest.importorskip("trl.experimental.gmpo.gmpo_trainer")
+
     def loss(
         batch, loss_type, beta, level="token", unbiased=False, delta=None, cap=1.28, weights=None
     ):
+        of = gmpo.GMPOTrainer if loss_type == "gmpo" else trainer.GRPOTrainer
+
         def loss_of(logp):
             # The method alone, on a trainer of which nothing else is real: its metrics go nowhere.
             self = MagicMock()
@@ -217,7 +221,7 @@ def trl():
             }
             if weights is not None:
                 inputs["importance_sampling_ratio"] = weights
-            return trainer.GRPOTrainer._compute_loss(self, None, inputs)
+            return of._compute_loss(self, None, inputs)
 
         return loss_of
 
@@ -278,6 +282,14 @@ def test_trl_vespo(trl, batch, level, weighted, use_backend):
     loss = trl(batch, "vespo", 0.04, level, weights=weights if weighted else None)
     objective, ref = dk.vespo(kl_coef=0.04), batch.ref.float()
     assert_equal(batch, loss, use_backend, objective=objective, ref_logprobs=ref, **options)
+
+
+@on_ours
+def test_trl_gmpo(trl, batch, use_backend):
+    loss, ref = trl(batch, "gmpo", 0.04), batch.ref.float()
+    objective = dk.gmpo(0.2, 0.28, kl_coef=0.04)
+    out = assert_equal(batch, loss, use_backend, objective=objective, ref_logprobs=ref)
+    assert out.clipped.any()
 
 
 @on_ours
