@@ -269,7 +269,9 @@ def test_a_poisoned_logit_reaches_its_loss_in_every_objective(name, use_backend)
         p.base[1, 5] = NAN
         out, gradient = p.run(backend=use_backend)
         # One ratio a response: all of its tokens
-        broken = torch.arange(5) < 3 if name == "gspo" else torch.arange(5) == 1
+        broken = (
+            torch.arange(5) < 3 if p.arguments["objective"].by_response else torch.arange(5) == 1
+        )
         assert out.token_loss[broken].isnan().all() and gradient[1].isnan().all()
         assert torch.equal(out.token_loss[~broken], clean[0].token_loss[~broken])
         assert torch.equal(gradient[~broken], clean[1][~broken])
