@@ -140,6 +140,8 @@ DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs&
   t.old_logprob = old_logprob_of(a, in, t.logprob);
   t.advantage = in.advantage;
   t.importance = in.importance;
+  if (a.rollout_logprobs)
+    t.importance *= rollout_weight(a.objective, t.old_logprob - a.rollout_logprobs[row]);
   t.ref_logprob = in.ref_logprob;
   const float entropy = kEntropy ? entropy_of(s) : 0.0f;
   const float entropy_weight = kEntropy && a.entropy_weights ? a.entropy_weights[row] : 1.0f;

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dcpo_kernels import backends
-from dcpo_kernels.objective import AGGREGATIONS, MAX_K, Objective
+from dcpo_kernels.objective import AGGREGATIONS, MAX_K, WHOLE_RESPONSE, Objective
 from dcpo_kernels.ops.library import check_places
 from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens, replaced
 from dcpo_kernels.presets import dcpo
@@ -77,6 +77,7 @@ def token_batch(
     response_log_ratio: Tensor | None,
     ref_logprobs: Tensor | None,
     importance_weights: Tensor | None,
+    rollout_logprobs: Tensor | None,
     entropy_weights: Tensor | None,
     num_responses: int | Tensor | None,
     num_tokens: int | Tensor | None,
@@ -112,6 +113,12 @@ def token_batch(
             f"entropy_weights are for the entropy term, and objective {objective.name} has none "
             "(entropy_coef=0)"
         )
+    corrects = objective.rollout_mode != "none"
+    if corrects != (rollout_logprobs is not None) and objective.function is None:
+        raise ValueError(
+            f"objective {objective.name} has rollout_mode={objective.rollout_mode!r} and "
+            + ("needs rollout_logprobs" if corrects else "no use for rollout_logprobs")
+        )
     has_reference = objective.kl_coef != 0 or objective.function is not None
     tokens = Tokens(
         old_logprobs=per_token("old_logprobs", old_logprobs),
@@ -120,6 +127,7 @@ def token_batch(
         ref_logprobs=per_token("ref_logprobs", ref_logprobs) if has_reference else None,
         importance_weights=value("importance_weights", importance_weights),
         log_ratio=None,
+        rollout_logprobs=per_token("rollout_logprobs", rollout_logprobs),
         entropy_weights=None,
     )
     one_ratio = objective.by_response
@@ -128,6 +136,11 @@ def token_batch(
             raise ValueError(
                 f"response_log_ratio is for objectives with one ratio per response, and "
                 f"{objective.name} has one per token"
+            )
+        if objective.surrogate in WHOLE_RESPONSE:
+            raise ValueError(
+                f"response_log_ratio is not all that objective {objective.name} wants of a "
+                "response: each must be whole in a call"
             )
         by_response["log_ratio"] = _per_response(
             "response_log_ratio", response_log_ratio, logits, responses, FLOATS, torch.float32
@@ -145,7 +158,8 @@ def token_batch(
         )
     dropped = None
     if drop_nonfinite:
-        token_mask, dropped = _finite(tokens.old_logprobs, token_mask)
+        known = (tokens.old_logprobs, tokens.rollout_logprobs)
+        token_mask, dropped = _finite([x for x in known if x is not None], token_mask)
     skip_zero = None
     if skip_zero_advantage and not objective.pulls_without_advantage:
         skip_zero = by_response.get("advantages", tokens.advantages)
@@ -438,12 +452,14 @@ def _per_response(
     return x.to(logits.device, to, non_blocking=True).reshape(responses).contiguous()
 
 
-def _finite(x: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask without the tokens where x is not finite, and how many it lost."""
-    if x is None:
+def _finite(values: list[Tensor], mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask without the tokens where a value is not finite, and how many it lost."""
+    if not values:
         return mask, None
-    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    finite = counted & x.isfinite()
+    counted = torch.ones_like(values[0], dtype=torch.bool) if mask is None else mask != 0
+    finite = counted
+    for x in values:
+        finite = finite & x.isfinite()
     return finite, (counted & ~finite).sum()
 
 

@@ -246,6 +246,7 @@ def policy_loss(
     temperature: float | Tensor = 1.0,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     entropy_weights: Tensor | None = None,
     topk_ids: Tensor | None = None,
     topk_logprobs: Tensor | None = None,
@@ -287,6 +288,9 @@ def policy_loss(
     ref_logprobs: per token; needed when objective.kl_coef != 0.
     importance_weights: per token or response; multiply the policy term only, not KL and entropy.
         For the mismatch between the engine that sampled and the one that trains.
+    rollout_logprobs: per token, by the engine that sampled; needed where objective.rollout_mode is
+        not "none". The correction is then part of the pass, on-policy too, where no old
+        log-probabilities are there to make `rollout_weights` of.
     entropy_weights: per token; the entropy term is then -entropy_coef * sum entropy_weights *
         entropy, whatever the tokens' weights are, over tokens that are read.
     topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported, no id twice in
@@ -310,8 +314,8 @@ def policy_loss(
         backward: with fp16 logits small entries would be 0 without it. The result is the same.
     skip_zero_advantage: don't read rows with advantage 0 where nothing else has a gradient; their
         results are 0.
-    drop_nonfinite: a token whose old log-probability is not finite does not count; how many there
-        were is in `summarize`.
+    drop_nonfinite: a token whose old or rollout log-probability is not finite does not count; how
+        many there were is in `summarize`.
     with_entropy: also return the entropy.
     inplace: the forward overwrites the logits with their gradient (gspo: the backward does), so no
         second [N, V] tensor is ever allocated. Nothing else may read the logits: autograd raises
@@ -341,6 +345,7 @@ def policy_loss(
         response_log_ratio=response_log_ratio,
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
+        rollout_logprobs=rollout_logprobs,
         entropy_weights=entropy_weights,
         num_responses=num_responses,
         num_tokens=num_tokens,
@@ -387,11 +392,12 @@ def _from_logprobs(
 class _FromLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, entropy, batch):
-        out, g, h = _from_logprobs(logprobs.detach(), entropy, batch)
+        # copies: they are outputs too
+        own = None if entropy is None else entropy.clone()
+        out, g, h = _from_logprobs(logprobs.clone(), own, batch)
         _without_zeros(ctx)
         ctx.save_for_backward(g, h)
-        loss, token_loss, logprobs, *others = out
-        others = (token_loss, logprobs.clone(), others[0].clone(), *others[1:])
+        loss, *others = out
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
@@ -415,6 +421,7 @@ def policy_loss_from_logprobs(
     objective: Objective | TokenLoss | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     entropy_weights: Tensor | None = None,
     weights: Tensor | None = None,
     response_lengths: Tensor | Sequence[int] | None = None,
@@ -455,6 +462,7 @@ def policy_loss_from_logprobs(
         response_log_ratio=response_log_ratio,
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
+        rollout_logprobs=rollout_logprobs,
         entropy_weights=entropy_weights,
         num_responses=num_responses,
         num_tokens=num_tokens,

@@ -16,6 +16,7 @@ SOFT_GATE, RATIO_MASK, QUADRATIC, DYNAMIC_QUADRATIC, GEOMETRIC_CLIP, GAMMA = map
 NO_DIVERGENCE, BINARY_TV, BINARY_KL, TOPK_TV, TOPK_KL, FULL_TV, FULL_KL = map(
     tl.constexpr, range(len(objectives.DIVERGENCES))
 )
+NO_ROLLOUT, TRUNCATE, MASK = map(tl.constexpr, range(len(objectives.ROLLOUT_MODES)))
 K1, K2, K3, ABS, K3_PLUS, K3_UNBIASED = map(tl.constexpr, range(len(objectives.KL_ESTIMATORS)))
 CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION = map(
     tl.constexpr, range(len(objectives.CLIPPED))
@@ -89,6 +90,18 @@ def clip_bounds(old_logprob, eps_low, eps_high, ratio_max, SURROGATE: tl.constex
         low = 1 - eps_low
         high = 1 + eps_high
     return low, tl.minimum(high, ratio_max)
+
+
+@triton.jit
+def rollout_weight(log_ratio, rollout_low, rollout_high, ROLLOUT_MODE: tl.constexpr):
+    """What the policy term is multiplied with because another engine sampled; log_ratio: q to its
+    probability there."""
+    w = tl.exp(clamp_log_ratio(log_ratio))
+    below, above = w < rollout_low, w > rollout_high
+    if ROLLOUT_MODE == TRUNCATE:
+        return tl.where(below, rollout_low, tl.where(above, rollout_high, w))
+    else:
+        return tl.where(below | above, 0.0, w)
 
 
 @triton.jit

@@ -9,7 +9,14 @@ has the sizes that make them fit).
 
 import triton.language as tl
 
-from dcpo_kernels.kernels.decide import FULL_KL, FULL_TV, TOPK_KL, TOPK_TV, decide
+from dcpo_kernels.kernels.decide import (
+    FULL_KL,
+    FULL_TV,
+    TOPK_KL,
+    TOPK_TV,
+    decide,
+    rollout_weight,
+)
 from dcpo_kernels.kernels.divergence import (
     full_kl,
     full_tv,
@@ -47,6 +54,7 @@ def fused(
     ref_logprobs,
     importance_weights,
     log_ratio,  # that the ratio is taken from; None: logp - old_logp
+    rollout_logprobs,  # by the engine that sampled; None: no correction
     entropy_weights,  # of the entropy term, as multiples of the weight; None: 1
     token_loss,
     logprobs,
@@ -78,12 +86,15 @@ def fused(
     old_kl_coef: tl.float32,
     entropy_coef: tl.float32,
     penalty_coef: tl.float32,
+    rollout_low: tl.float32,
+    rollout_high: tl.float32,
     SURROGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     KL: tl.constexpr,
     OLD_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     WITH_PENALTY: tl.constexpr,
+    ROLLOUT_MODE: tl.constexpr,
     ALIGNED: tl.constexpr,  # logits; the next two: gradient, old_logits
     DX_ALIGNED: tl.constexpr,
     OLD_ALIGNED: tl.constexpr,
@@ -140,12 +151,16 @@ def fused(
                     divergence, drift, old_max, old_log_sum = full_tv(
                         x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
                     )
+            importance = 1.0 if importance_weights is None else tl.load(importance_weights + row)
+            if rollout_logprobs is not None:
+                drift = old - tl.load(rollout_logprobs + row)
+                importance *= rollout_weight(drift, rollout_low, rollout_high, ROLLOUT_MODE)
             entropy_weight = 1.0 if entropy_weights is None else tl.load(entropy_weights + row)
             loss, g, h, r, code, divergence_coef, _ = decide(
                 logprob,
                 old,
                 tl.load(advantages + row),
-                1.0 if importance_weights is None else tl.load(importance_weights + row),
+                importance,
                 0.0 if ref_logprobs is None else tl.load(ref_logprobs + row),
                 entropy_weight * entropy,
                 divergence,

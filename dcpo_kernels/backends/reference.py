@@ -22,6 +22,7 @@ from dcpo_kernels.decide import (
     TOPK_KL,
     TOPK_TV,
     log_ratio_part,
+    rollout_weight,
 )
 from dcpo_kernels.decide import decide as decide_tokens
 from dcpo_kernels.objective import (
@@ -190,7 +191,7 @@ def fused(
             tokens.advantages,
             entropy=_weighted(stats.entropy, tokens.entropy_weights),
             ref_logprobs=tokens.ref_logprobs,
-            importance_weights=tokens.importance_weights,
+            importance_weights=_importance(numbers, tokens, old),
             log_ratio=tokens.log_ratio,
             divergence=divergence(
                 numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
@@ -204,6 +205,15 @@ def fused(
     for result, values in zip(results, found, strict=True):
         if result.numel():
             result.copy_(_counted(values.detach(), read, 1 if values is decision.ratio else 0))
+
+
+def _importance(numbers: Numbers, tokens: records.Tokens, old: Tensor) -> Tensor | None:
+    """What multiplies the policy term; old: the old log-probabilities, or the policy's own."""
+    weights = tokens.importance_weights
+    if tokens.rollout_logprobs is None:
+        return weights
+    of_rollout = rollout_weight(numbers, old - tokens.rollout_logprobs)
+    return of_rollout if weights is None else weights * of_rollout
 
 
 def _weighted(entropy: Any, entropy_weights: Tensor | None) -> Any:
@@ -338,7 +348,7 @@ def decide(
     index = torch.searchsorted(groups.offsets[1:], rows, right=True).clamp(max=max(count - 1, 0))
     if groups.by_response:
         # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t))
-        importance = tokens.importance_weights
+        importance = _importance(numbers, tokens, old)
         importance = torch.ones_like(logprobs) if importance is None else importance
         parts = log_ratio_part(numbers, logprobs, old, tokens.advantages, importance)
         parts = torch.where(live.view(-1), parts, 0.0)
@@ -353,7 +363,7 @@ def decide(
         tokens.advantages,
         entropy=_weighted(entropy, tokens.entropy_weights),
         ref_logprobs=tokens.ref_logprobs,
-        importance_weights=tokens.importance_weights,
+        importance_weights=_importance(numbers, tokens, old),
         log_ratio=log_ratio,
     )
     for result, values in zip(

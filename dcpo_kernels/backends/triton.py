@@ -169,7 +169,7 @@ def _run(
 
 def _constants(numbers: Numbers) -> tuple[tuple[Any, ...], tuple[float, ...]]:
     """What a kernel is compiled for, and the numbers that it is given."""
-    surrogate, divergence, kl_estimator, old_kl_estimator, *values = numbers
+    surrogate, divergence, kl_estimator, old_kl_estimator, rollout_mode, *values = numbers
     constants = (
         surrogate,
         divergence,
@@ -177,6 +177,7 @@ def _constants(numbers: Numbers) -> tuple[tuple[Any, ...], tuple[float, ...]]:
         old_kl_estimator if numbers.old_kl_coef != 0 else None,
         numbers.entropy_coef != 0,
         numbers.penalty_coef != 0,
+        rollout_mode,
     )
     return constants, tuple(values)
 

@@ -32,6 +32,7 @@ class Tokens(NamedTuple):
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
     log_ratio: Tensor | None = None  # that the ratio is taken from; None: logp - old_logp
+    rollout_logprobs: Tensor | None = None  # by the engine that sampled; None: rollout_mode is too
     entropy_weights: Tensor | None = None  # of the entropy term, times the weight; None: 1
 
 
