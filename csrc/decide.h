@@ -183,7 +183,7 @@ DCPO_HD float log_ratio_part(const Objective& o, const Token& t) {
     if (t.advantage > 0.0f && x > o.eps_high) x = o.eps_high;
     if (t.advantage < 0.0f && x < -o.eps_low) x = -o.eps_low;
   } else if (o.surrogate == kGamma) {
-    x = clamp_log_ratio(x) + clamp_log_ratio(logf(t.importance));
+    x += logf(t.importance);
   }
   return x;
 }

@@ -126,7 +126,7 @@ def log_ratio_part(
         x = torch.where((A > 0) & (x > o.eps_high), o.eps_high, x)
         x = torch.where((A < 0) & (x < -o.eps_low), -o.eps_low, x)
     elif o.surrogate == GAMMA:
-        x = clamp_log_ratio(x) + clamp_log_ratio(importance.log())
+        x = x + importance.log()
     return x
 
 

@@ -303,9 +303,9 @@ def policy_loss(
         1/n_i, and without totals the number of responses and tokens too. response_loss is then
         this part's share of the mean.
     response_log_ratio: [R], for objectives with one ratio per response: its logarithm, the mean of
-        logp - old_logp over the whole response, known beforehand. Then it is one pass, and each
-        token has the gradient of its own term: the same where advantage and weight are one per
-        response.
+        logp - old_logp over the whole response (gmpo: of what is left of them by its clip; vespo:
+        their sum and that of the logarithms of the importance weights), known beforehand. Then it
+        is one pass, and each token has its own part of the gradient, as with "sequence-token".
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
         it into micro-batches changes nothing. One that is smaller than what is in the call is an
         error; where that would mean waiting for a GPU, the loss is NaN.

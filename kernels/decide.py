@@ -112,7 +112,7 @@ def log_ratio_part(logprob, old_logprob, A, importance, eps_low, eps_high, SURRO
         x = tl.where((A > 0) & (x > eps_high), eps_high, x)
         x = tl.where((A < 0) & (x < -eps_low), -eps_low, x)
     elif SURROGATE == GAMMA:
-        x = clamp_log_ratio(x) + clamp_log_ratio(tl.log(importance))
+        x += tl.log(importance)
     return x
 
 
