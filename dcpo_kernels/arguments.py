@@ -84,6 +84,7 @@ def token_batch(
     max_length: int | Tensor | None,
     skip_zero_advantage: bool,
     drop_nonfinite: bool,
+    found: Tensor | None = None,  # per token, whether there is a log-probability at all
     backend: str,
 ) -> Batch:
     """What is said of tokens and responses."""
@@ -159,7 +160,9 @@ def token_batch(
     dropped = None
     if drop_nonfinite:
         known = (tokens.old_logprobs, tokens.rollout_logprobs)
-        token_mask, dropped = _finite([x for x in known if x is not None], token_mask)
+        finite = [x.isfinite() for x in known if x is not None]
+        finite += [] if found is None else [found]
+        token_mask, dropped = _without(finite, token_mask)
     skip_zero = None
     if skip_zero_advantage and not objective.pulls_without_advantage:
         skip_zero = by_response.get("advantages", tokens.advantages)
@@ -452,15 +455,15 @@ def _per_response(
     return x.to(logits.device, to, non_blocking=True).reshape(responses).contiguous()
 
 
-def _finite(values: list[Tensor], mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask without the tokens where a value is not finite, and how many it lost."""
-    if not values:
+def _without(conditions: list[Tensor], mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask without the tokens where a condition does not hold, and how many it lost."""
+    if not conditions:
         return mask, None
-    counted = torch.ones_like(values[0], dtype=torch.bool) if mask is None else mask != 0
-    finite = counted
-    for x in values:
-        finite = finite & x.isfinite()
-    return finite, (counted & ~finite).sum()
+    counted = torch.ones_like(conditions[0]) if mask is None else mask != 0
+    kept = counted
+    for condition in conditions:
+        kept = kept & condition
+    return kept, (counted & ~kept).sum()
 
 
 def _check_lengths(lengths: list[int], rows: int, objective: Objective) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels import arguments, backends, ops
+from dcpo_kernels import arguments, backends, ops, replay
 from dcpo_kernels.function import TokenLoss, decide_by
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.objective import Objective
@@ -251,6 +251,8 @@ def policy_loss(
     topk_ids: Tensor | None = None,
     topk_logprobs: Tensor | None = None,
     old_logits: Tensor | None = None,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
     weights: Tensor | None = None,
     response_lengths: Tensor | Sequence[int] | None = None,
     response_log_ratio: Tensor | None = None,
@@ -296,6 +298,11 @@ def policy_loss(
     topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported, no id twice in
         a row; for dppo's top-K divergences.
     old_logits: of the logits' shape, in any of their dtypes; for dppo's full divergences.
+    kept_ids: [.., S], padded with -1, the ids that each token was sampled from (top-k, top-p), or
+        [M] with kept_offsets [N + 1] where row i has those from kept_offsets[i] to
+        kept_offsets[i + 1]. Everything is then of softmax over these: S logits of a row are read,
+        and its gradient is zero elsewhere. A target that is none of its row's makes the row NaN;
+        with drop_nonfinite it does not count. Not with top-K and full divergences.
     weights: per token: loss = sum weights * token_loss, in the place of the objective's
         aggregation. A token of weight 0 is not read.
     response_lengths: [R] tokens of each whole response that count, where a call holds only a part
@@ -333,9 +340,21 @@ def policy_loss(
     """
     backend = arguments.check_logits("logits", logits, backend)
     arguments.check_transforms("policy_loss", logits)
+    objective, found = arguments.objective_of(objective), None
+    if kept_ids is not None:
+        if objective.needs_topk or objective.needs_old_logits:
+            raise ValueError(
+                f"kept_ids go with divergences of the sampled token alone, and objective "
+                f"{objective.name} has {objective.divergence!r}"
+            )
+        if inplace:
+            arguments.check_in_place(logits)
+        kept = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
+        logits, target_ids, found = kept
+        inplace = True  # they are a copy
     batch = arguments.token_batch(
         logits,
-        arguments.objective_of(objective),
+        objective,
         old_logprobs,
         advantages,
         mask=mask,
@@ -352,6 +371,7 @@ def policy_loss(
         max_length=max_length,
         skip_zero_advantage=skip_zero_advantage,
         drop_nonfinite=drop_nonfinite,
+        found=found,
         backend=backend,
     )
     batch = arguments.with_rows(
@@ -551,6 +571,8 @@ def selected_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
     with_entropy: bool = False,
     inplace: bool = False,
     backend: str = "auto",
@@ -563,6 +585,7 @@ def selected_logprobs(
     mask: like target_ids; where it is 0 the row is not read, its results are 0, and it may hold any
         id.
     temperature: > 0, applied in float32; a number, or a tensor with one per token.
+    kept_ids, kept_offsets: as in `policy_loss`; a target that is none of its row's has NaN.
     with_entropy: also return the entropy in nats.
     inplace: backward overwrites the logits with their gradient; a second reader of the logits then
         fails.
@@ -573,6 +596,12 @@ def selected_logprobs(
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
     """
+    if kept_ids is not None:
+        backend = arguments.check_logits("logits", logits, backend)
+        if inplace:
+            arguments.check_in_place(logits)
+        logits, target_ids, _ = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
+        inplace = True  # they are a copy
     targets, options, backend = arguments.targets_of(
         logits, target_ids, mask, temperature, with_entropy, inplace, backend
     )
