@@ -48,12 +48,14 @@ struct FusedArgs : Batch {
 
 // Read only.
 struct StatsArgs : Batch {
+  int64_t k = 1;        // targets of each row: target_ids and logprobs are [rows, k]
   const uint8_t* mask;  // the rows that are read; null: all
   float *logprobs, *entropy, *row_max, *log_sum;
 };
 
-// Write only: dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]
+// Write only: dx_j = factor/T [sum_k g_k (1[j = y_k] - p_j) - h p_j (log p_j + H)]
 struct GradientArgs : Batch {
+  int64_t k = 1;  // targets of each row: target_ids and g are [rows, k]
   View gradient;
   const float *row_max, *log_sum, *entropy, *g, *h;
   const float* factor;  // one number, where it lies; null: 1

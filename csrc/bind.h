@@ -111,14 +111,14 @@ inline const Field<FusedArgs> kFusedFields[] = {
 
 #define FIELD(name) DCPO_FIELD(StatsArgs, name)
 inline const Field<StatsArgs> kStatsFields[] = {
-    BATCH, FIELD(mask), FIELD(logprobs), FIELD(entropy), FIELD(row_max), FIELD(log_sum),
+    BATCH, FIELD(k), FIELD(mask), FIELD(logprobs), FIELD(entropy), FIELD(row_max), FIELD(log_sum),
 };
 #undef FIELD
 
 #define FIELD(name) DCPO_FIELD(GradientArgs, name)
 inline const Field<GradientArgs> kGradientFields[] = {
-    BATCH,          FIELD(gradient), FIELD(row_max), FIELD(log_sum),
-    FIELD(entropy), FIELD(g),        FIELD(h),       FIELD(factor),
+    BATCH,          FIELD(k), FIELD(gradient), FIELD(row_max), FIELD(log_sum),
+    FIELD(entropy), FIELD(g), FIELD(h),        FIELD(factor),
 };
 #undef FIELD
 #undef BATCH

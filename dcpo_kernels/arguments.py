@@ -20,6 +20,7 @@ from dcpo_kernels.presets import dcpo
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int64, torch.int32)
+MAX_K_READ = 1024  # ids per row of selected_logprobs; MAX_K where a gradient is to come
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 INTEGERS += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -277,8 +278,24 @@ def targets_of(
         temperatures = floats("temperature", _temperatures(temperature, logits, token_mask), logits)
     else:
         number = temperature_number(temperature)
-    ids = rows_of("target_ids", target_ids, logits, IDS, torch.int64)
+    ids = _targets(target_ids, logits)
     return Targets(ids, token_mask, temperatures), Options(number, with_entropy), backend
+
+
+def _targets(target_ids: Tensor, logits: Tensor) -> Tensor:
+    """One id per token, or K of them."""
+    if not isinstance(target_ids, Tensor) or target_ids.dim() != logits.dim():
+        return rows_of("target_ids", target_ids, logits, IDS, torch.int64)
+    with_gradient = torch.is_grad_enabled() and logits.requires_grad
+    most = MAX_K if with_gradient else MAX_K_READ
+    if target_ids.shape[:-1] != logits.shape[:-1] or not 1 <= target_ids.shape[-1] <= most:
+        where = "with a gradient" if with_gradient else "without a gradient"
+        raise ValueError(
+            f"target_ids must have one value per token, shape {list(logits.shape[:-1])}, or K in "
+            f"1..{most} ({where}), shape {[*logits.shape[:-1], 'K']}; got {list(target_ids.shape)}"
+        )
+    _check_kind("target_ids", target_ids, logits, IDS)
+    return target_ids.to(torch.int64).contiguous()
 
 
 def check_transforms(name: str, logits: Tensor) -> None:

@@ -534,12 +534,16 @@ class _SelectedLogprobs(torch.autograd.Function):
         _first_derivatives_only("selected_logprobs")
         if ctx.inplace:
             _backward_once(ctx, "selected_logprobs")
-        logits, target_ids, mask, temperatures, _, entropy, row_max, log_sum = ctx.saved_tensors
+        logits, target_ids, mask, temperatures, *stats = ctx.saved_tensors
+        logprobs, entropy, row_max, log_sum = stats
 
         def of_rows_read(grad: Tensor | None) -> Tensor:
             if grad is None:
-                return torch.zeros_like(row_max)
-            return (grad if mask is None else torch.where(mask != 0, grad, 0.0)).contiguous()
+                return torch.zeros_like(logprobs)
+            if mask is None:
+                return grad.contiguous()
+            read = mask != 0 if grad.dim() == mask.dim() else (mask != 0).unsqueeze(-1)
+            return torch.where(read, grad, 0.0).contiguous()
 
         with_entropy = grad_entropy is not None and entropy.numel() > 0
         coefficients = RowCoefficients(
@@ -581,8 +585,10 @@ def selected_logprobs(
     differentiable.
 
     logits: [N, V] or [B, T, V], bf16, fp16 or fp32; rows may be strided. target_ids: [N] or [B, T],
-        int64 or int32; logits[t] predicts target_ids[t].
-    mask: like target_ids; where it is 0 the row is not read, its results are 0, and it may hold any
+        int64 or int32; logits[t] predicts target_ids[t]. Or [.., K], K tokens of each row from one
+        read: up to 128 where logits ask for a gradient, 1,024 where they don't. A row may have an
+        id more than once.
+    mask: [N] or [B, T]; where it is 0 the row is not read, its results are 0, and it may hold any
         id.
     temperature: > 0, applied in float32; a number, or a tensor with one per token.
     kept_ids, kept_offsets: as in `policy_loss`; a target that is none of its row's has NaN.
@@ -591,7 +597,7 @@ def selected_logprobs(
         fails.
     backend: "auto", or one of `dcpo info`.
 
-    Returns (logprobs, entropy or None), float32, of the shape of target_ids.
+    Returns (logprobs, entropy or None), float32: of the shape of target_ids, and [N] or [B, T].
 
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).

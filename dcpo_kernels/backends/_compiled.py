@@ -130,7 +130,11 @@ def fused_arguments(
 def row_stats_arguments(
     logits: Tensor, targets: Targets, options: Options, stats: RowStats
 ) -> dict[str, Any]:
-    return {**_shape(logits, options.temperature), **_named(targets, stats)}
+    return {
+        **_shape(logits, options.temperature),
+        **_named(targets, stats),
+        "k": targets.target_ids.numel() // row_count(logits),
+    }
 
 
 def row_gradient_arguments(
@@ -143,6 +147,7 @@ def row_gradient_arguments(
     return {
         **_shape(logits, temperature),
         **_named(coefficients),
+        "k": coefficients.target_ids.numel() // row_count(logits),
         "gradient": view(gradient),
         "factor": _address(factor),
     }

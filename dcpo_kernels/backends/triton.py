@@ -231,6 +231,7 @@ def row_stats(
     logits: Tensor, targets: records.Targets, options: records.Options, stats: records.RowStats
 ) -> None:
     strides, aligned = _layout(logits)
+    k = targets.target_ids.numel() // row_count(logits)
     mask = None if targets.mask is None else targets.mask.view(torch.uint8)
     _launch(
         "row_stats",
@@ -243,9 +244,11 @@ def row_stats(
             *stats._replace(entropy=_filled(stats.entropy)),
             row_count(logits),
             logits.shape[-1],
+            k,
             *strides,
             options.temperature,
         ),
+        k > 1,
         aligned=(aligned,),
     )
 
@@ -258,6 +261,7 @@ def row_gradient(
     temperature: float,
 ) -> None:
     (strides, aligned), (dx_strides, dx_aligned) = _layout(logits), _layout(gradient)
+    k = coefficients.target_ids.numel() // row_count(logits)
     _launch(
         "row_gradient",
         logits,
@@ -268,10 +272,12 @@ def row_gradient(
             factor,
             row_count(logits),
             logits.shape[-1],
+            k,
             *strides,
             *dx_strides[1:],
             temperature,
         ),
+        k > 1,
         aligned=(aligned, dx_aligned),
     )
 
