@@ -48,6 +48,22 @@ def kl_cov(share=2e-4, coef=1.0):
     return loss
 
 
+def score_centering(cap=2.0):
+    """The truncated ratio as a weight on the score, less what that weight leaves of the score's
+    mean over the engine's distribution (arXiv 2609.20807): its top K and one bucket for the rest.
+    Goes with topk_ids and topk_logprobs; old_logprobs are the engine's too."""
+
+    def loss(t):
+        log_p, q, p = t.topk_logprobs, t.old_topk_logprobs.exp(), t.topk_logprobs.detach().exp()
+        rest_p, rest_q = ((1 - x.sum(-1, keepdim=True)).clamp(min=1e-12) for x in (p, q))
+        alpha = rest_q / rest_p * (rest_p / rest_q).clamp(max=cap)
+        centre = ((q * (p / q).clamp(max=cap) - alpha * p) * log_p).sum(-1)
+        ratio = (t.logprobs.detach() - t.old_logprobs).exp().clamp(max=cap)
+        return -t.advantages * (ratio * t.logprobs - torch.where(t.mask, centre, 0.0))
+
+    return loss
+
+
 def high_entropy(share=0.2):
     """Only the share of the tokens with the largest entropy has a gradient (arXiv 2506.01939). Goes
     with with_entropy=True."""

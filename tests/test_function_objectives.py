@@ -168,3 +168,62 @@ def test_high_entropy_tokens_are_trls(tokens):
     torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-7, check_dtype=False)
     torch.testing.assert_close(gradient, torch.autograd.grad(loss, new)[0], rtol=1e-6, atol=1e-7)
     assert 0 < mask.sum() < counts.sum() / 3
+
+
+@on_backends("reference", CPU[0], *SLOW, *GPU)
+def test_centered_scores_have_no_mean(use_backend):
+    """Over every token that the engine may have sampled, with its probability, the gradient of one
+    advantage is 0; without the centre it is not. With a cap that nothing meets, p/q centers
+    itself."""
+    vocab, draw = 12, torch.Generator().manual_seed(5)
+    x, engine = torch.randn(2, vocab, generator=draw, dtype=torch.float64)
+    log_q = engine.log_softmax(-1)
+    top = log_q.topk(vocab - 1)  # the rest is one token: nothing is lost in its bucket
+
+    def mean_gradient(function, **given):
+        leaf = x.float().expand(vocab, vocab).clone().requires_grad_()
+        out = dk.policy_loss(
+            leaf,
+            torch.arange(vocab),
+            log_q.float(),
+            torch.ones(1),
+            lengths=[vocab],
+            weights=log_q.exp().float(),
+            objective=function,
+            backend=use_backend,
+            **given,
+        )
+        return torch.autograd.grad(out.loss, leaf)[0].sum(0)
+
+    given = {
+        "topk_ids": top.indices.expand(vocab, -1),
+        "topk_logprobs": top.values.float().expand(vocab, -1),
+    }
+    for cap in (1.2, 100.0):
+        centered = mean_gradient(examples.score_centering(cap), **given)
+        assert centered.abs().max() < 1e-6
+    plain = mean_gradient(dk.cispo(1.2))
+    assert plain.abs().max() > 1e-2
+    far = mean_gradient(dk.cispo(100.0))
+    assert far.abs().max() < 1e-6
+
+
+def test_a_function_has_the_top_k_and_the_target():
+    p = problem(dk.dapo(), lengths=LENGTHS)
+    ids = torch.arange(4).expand(24, 4)
+    given = {"topk_ids": ids, "topk_logprobs": -torch.ones(24, 4)}
+    seen = []
+
+    def loss(t):
+        seen.append(t)
+        return dapo(t) + t.topk_logprobs.sum(-1)
+
+    p.run(objective=loss, **given, backend="reference")
+    want = torch.log_softmax(p.logits, -1)[:, :4]
+    torch.testing.assert_close(seen[0].topk_logprobs.detach(), want)
+    assert torch.equal(seen[0].old_topk_logprobs, given["topk_logprobs"])
+    with pytest.raises(ValueError, match="or both of them for a function"):
+        p.run(objective=loss, topk_ids=ids)
+    with pytest.raises(ValueError, match=r"K in 1\.\.127"):
+        many = {key: x[:, :1].expand(24, 128) for key, x in given.items()}
+        p.run(objective=loss, **many)
