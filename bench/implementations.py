@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
+from dcpo_kernels.backends import cuda
+from dcpo_kernels.backends.launch import launched
 from dcpo_kernels.bench import peers
 from dcpo_kernels.bench.calls import Call, Copy, Implementation
 from dcpo_kernels.bench.inputs import Inputs
 from dcpo_kernels.bench.operators import Operator
 
 BACKENDS = ("cpu", "cuda", "triton", "reference", "compile", "eager")
-# `fused` launched otherwise than by the backend's table: (backend, its variable, value).
+# `fused` launched otherwise than by the backend's table: (backend, fields of Launch).
 VARIANTS = {
-    "cuda-streaming": ("cuda", "cluster", 0),
-    **{f"cuda-cluster-{n}": ("cuda", "cluster", n) for n in (1, 2, 4, 8)},
-    **{f"triton-{n}-threads": ("triton", "program_threads", n) for n in (128, 256, 512)},
+    "cuda-streaming": ("cuda", {"cluster": 0}),
+    **{f"cuda-cluster-{n}": ("cuda", {"cluster": n}) for n in (1, 2, 4, 8)},
+    **{f"triton-{n}-threads": ("triton", {"program_threads": n}) for n in (128, 256, 512)},
 }
 
 
@@ -53,13 +54,14 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
         if backend == "triton" and inputs.case.device == "cpu":
             reason = reason or "its interpreter is no measure of anything"
     kernels = backend != "reference"
+    note = "" if reason else _kernel(operator, inputs, backend)
     kind = "ours" if kernels else "plain"
     traffic = operator.minimum_bytes(inputs) if kernels else None  # what they are built for
 
     def row(name: str, inplace: bool) -> Implementation:
         function = operator.ours(inputs, backend, inplace)
         make = partial(Call, operator, inputs, function, overwrites=inplace)
-        return Implementation(name, kind, make, traffic=traffic)
+        return Implementation(name, kind, make, note, traffic=traffic)
 
     if reason:
         return [Implementation(backend, kind, None, reason, traffic=traffic)]
@@ -72,19 +74,30 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
 def _variant(operator: Operator, inputs: Inputs, name: str) -> list[Implementation]:
     if operator.name != "fused":
         return []
-    backend, variable, value = VARIANTS[name]
+    backend, how = VARIANTS[name]
     plain = _ours(operator, inputs, backend)[0]
     if plain.make is None:
         return [replace(plain, name=name)]
     function = operator.ours(inputs, backend, True)
 
     def run(logits: Tensor) -> Tensor:
-        with patch(f"dcpo_kernels.backends.{backend}.{variable}", value):
+        with launched(**how):
             return function(logits)
 
-    note = "streaming where a row does not fit" if variable == "cluster" and value else ""
+    with launched(**how):
+        note = _kernel(operator, inputs, backend)
     make = partial(Call, operator, inputs, run, overwrites=True)
     return [replace(plain, name=f"{name}, in place", make=make, note=note)]
+
+
+def _kernel(operator: Operator, inputs: Inputs, backend: str) -> str:
+    """Which of the CUDA backend's kernels runs, where that depends on the vocabulary."""
+    if backend != "cuda" or operator.name != "fused":
+        return ""
+    objective, logits = inputs.objective, inputs.logits
+    if objective.needs_topk or objective.needs_old_logits or objective.ratio_level == "sequence":
+        return ""
+    return cuda.plan(logits.shape[-1], logits.itemsize, logits.device.index)
 
 
 def _plain(operator: Operator, inputs: Inputs, compiled: bool) -> Call:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 from bench_runs import CASE, OURS
 
+from dcpo_kernels.backends import launch
 from dcpo_kernels.bench import gpu_check, implementations, inputs, screen
 from dcpo_kernels.bench.operators import operators
 
@@ -163,17 +163,11 @@ def test_sanitize_names_the_tools_that_found_something(tmp_path):
 # ---- other ways to launch ------------------------------------------------------------------------
 
 
-def test_variants_name_variables_that_there_are():
-    for backend, variable, value in implementations.VARIANTS.values():
-        module = importlib.import_module(f"dcpo_kernels.backends.{backend}")
-        assert type(getattr(module, variable)) is type(value)
-
-
 def test_a_variant_is_launched_its_way_and_only_it(monkeypatch):
+    for _, how in implementations.VARIANTS.values():
+        assert launch.Launch(**how) != launch.current()
     seen = []
-    backend = importlib.import_module("dcpo_kernels.backends.reference")
-    monkeypatch.setattr(backend, "way", 0, raising=False)
-    monkeypatch.setattr(implementations, "VARIANTS", {"other": ("reference", "way", 7)})
+    monkeypatch.setattr(implementations, "VARIANTS", {"other": ("reference", {"cluster": 7})})
     right = operators()["fused"]
     data = inputs.make(CASE)
 
@@ -186,16 +180,16 @@ def test_a_variant_is_launched_its_way_and_only_it(monkeypatch):
             function = right.ours(data, name, False)
 
             def run(logits: torch.Tensor) -> torch.Tensor:
-                seen.append((backend.way, inplace))
+                seen.append((launch.current().cluster, inplace))
                 return function(logits)
 
             return run
 
     found = implementations.implementations(Watched, data, ["other"], [])
     assert [row.name for row in found] == ["other, in place", "copy"]
-    assert seen == [] and backend.way == 0
+    assert seen == []
     implementations.Call(right, data, found[0].make().function)()
-    assert seen == [(7, True)] and backend.way == 0
+    assert seen == [(7, True)] and launch.current() == launch.Launch()
 
 
 # ---- a machine that lacks what only looks good ---------------------------------------------------

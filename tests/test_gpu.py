@@ -11,6 +11,7 @@ from problems import DTYPES, LAYOUTS, OBJECTIVES, Problem, assert_matches, probl
 import dcpo_kernels as dk
 from dcpo_kernels import backends, ops
 from dcpo_kernels.backends import cuda
+from dcpo_kernels.backends.launch import launched
 from dcpo_kernels.ops.records import Options, Rows, Tokens
 
 pytestmark = [
@@ -75,11 +76,12 @@ def test_vocabularies(vocab, dtype, inplace, backend):
 
 
 @pytest.fixture
-def blocks(request, monkeypatch):
+def blocks(request):
     """How many blocks of the CUDA backend hold a row."""
     if reason := backends.unavailable("cuda", "cuda"):
         pytest.skip(reason)
-    monkeypatch.setattr(cuda, "cluster", request.param)
+    with launched(cluster=request.param):
+        yield
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 4, 8], indirect=True)

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_kernels.backends import _compiled
+from dcpo_kernels.backends import _compiled, launch
 from dcpo_kernels.backends._compiled import C
-
-# How many blocks hold a row of `fused`: -1 as the table in csrc/cuda/plan.h says, 0 the streaming
-# kernel. For tests and for measuring the table.
-cluster = -1
 
 
 def unavailable(device: str = "cuda") -> str:
@@ -37,7 +33,16 @@ def _where(x: Tensor) -> dict[str, int]:
 
 
 def fused(logits: Tensor, *records: Any) -> None:
-    C.cuda_fused(**_compiled.fused_arguments(logits, *records), **_where(logits), cluster=cluster)
+    arguments = _compiled.fused_arguments(logits, *records)
+    C.cuda_fused(**arguments, **_where(logits), cluster=launch.current().cluster)
+
+
+def plan(vocab: int, itemsize: int, device: int) -> str:
+    """How `fused` with a gradient holds rows that begin on 16 bytes."""
+    if vocab * itemsize % 16:
+        return "streams rows that don't begin on 16 bytes"
+    blocks = C.cuda_plan(vocab * itemsize, device, launch.current().cluster)["cluster"]
+    return f"holds a row in {blocks} blocks" if blocks else "streams rows that no cluster holds"
 
 
 def row_stats(logits: Tensor, *records: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dcpo_kernels.backends import launch
 from dcpo_kernels.backends.layout import row_count, row_strides
 
 if TYPE_CHECKING:
@@ -77,8 +78,6 @@ def unavailable(device: str = "cuda") -> str:
 # run it yet; `dcpo bench --suite gpu-sweep` times the other choices.
 _THREADS = 512  # of a multiprocessor, with 128 registers each
 _L2_SHARE = 0.6  # for the rows under way
-
-program_threads = 0  # set by a benchmark that tries others; 0: as above
 
 
 class Device(NamedTuple):
@@ -154,9 +153,9 @@ def _launch(
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
             return _launch(name, x, arguments, *constants, aligned=aligned, registers=registers)
-    vocab, size = x.shape[-1], x.element_size()
+    vocab, size, how = x.shape[-1], x.element_size(), launch.current()
     programs, shape, options = launch_shape(
-        name, vocab, size, aligned[0], registers, _device(index), program_threads
+        name, vocab, size, aligned[0], registers, _device(index), how.program_threads
     )
     constants = (*constants, *aligned, aligned[0] and vocab * size % 16 == 0, *shape)
     _run(kernels, name, x, arguments, constants, min(row_count(x), programs), options)
