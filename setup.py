@@ -74,7 +74,4 @@ class CMakeBuild(build_ext):
         run(["cmake", "--build", str(build)], env, failed)
 
 
-setup(
-    ext_modules=[Extension("dcpo_kernels._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
-)
+setup(ext_modules=[Extension("dcpo_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

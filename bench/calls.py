@@ -42,14 +42,9 @@ class Call:
 
     def elsewhere(self) -> Call:
         """The same on a copy of the logits."""
-        return Call(
-            self.operator,
-            self.inputs,
-            self.function,
-            overwrites=self.overwrites,
-            logits=self.source if self.overwrites else self.source.clone(),
-            rows=self.rows,
-        )
+        logits = self.source if self.overwrites else self.source.clone()
+        options = {"overwrites": self.overwrites, "logits": logits, "rows": self.rows}
+        return Call(self.operator, self.inputs, self.function, **options)
 
     def restore(self) -> None:
         if self.overwrites:
@@ -80,7 +75,7 @@ class _Output(torch.autograd.Function):
 
 
 class Copy:
-    """The ceiling: the logits read and written once, into memory that is already there."""
+    """The ceiling: reads the logits and writes them once, into memory that is already there."""
 
     def __init__(self, logits: Tensor) -> None:
         self.source, self.target = logits, torch.empty_like(logits)

@@ -16,7 +16,7 @@ from dcpo_kernels.bench.records import Agreement
 
 OUR_VALUE_TOLERANCE = 2e-5  # of 1 + |value|
 VALUE_TOLERANCE = 2e-4  # PyTorch's own log_softmax is off by 6e-5 where V is 150,000
-GRADIENT_TOLERANCE = 5  # as many times that of an entry, before it is rounded to its dtype
+GRADIENT_TOLERANCE = 5  # times that of the value; the rounding to the logits' dtype comes on top
 FLOOR = 1e-4  # of the row's largest entry: smaller ones are compared with this
 ROWS = 64  # compared at a time
 
@@ -66,9 +66,9 @@ def compare(
 ) -> Agreement:
     """mask: tokens whose own value matters; their gradients always do.
 
-    An entry's error is relative to the entry. Two things are nobody's fault: the rounding of a
-    subnormal, and at the target 1 - p, of which an error of the log-prob takes a larger share the
-    nearer p is to 1.
+    An entry's error is relative to the entry. Two errors are allowed for: the rounding of a
+    subnormal, and at the target that of 1 - p, whose relative error grows without bound as p nears
+    1, for the same error of the log-prob.
     """
     if mask is not None and value.dim() > 0:
         value = torch.where(mask, value, 0.0)
@@ -83,10 +83,10 @@ def compare(
         at = slice(begin, begin + ROWS)
         right = rows[at].double()
         off = (got[at].double() - right).abs() - info.smallest_normal * info.eps
-        most = right.abs().max(-1, keepdim=True)
-        off.scatter_add_(-1, most.indices, -tolerance * want.slope[at, None])
-        size = right.abs() + FLOOR * most.values
-        # In a row that must be 0 everything else is infinitely wrong.
+        largest = right.abs().max(-1, keepdim=True)
+        off.scatter_add_(-1, largest.indices, -tolerance * want.slope[at, None])
+        size = right.abs() + FLOOR * largest.values
+        # In a row that must be 0 any other entry is an infinite error.
         error = torch.maximum(error, (off.clamp(min=0) / size.clamp(min=1e-300)).max())
     return Agreement(
         value_error=_finite(value_error),

@@ -4,13 +4,13 @@ limit."""
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import math
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--load", type=Path, help="show this record, measure nothing")
     add("--compare", type=Path, metavar="OLD", help="SAME, FAST, SLOW or AMBIGUOUS against OLD")
     add("--plot", type=Path, metavar="FOLDER", help="draw PNGs there")
-    add(
-        "--roofline",
-        type=_amount,
-        metavar="GB/s",
-        help="predict each row on a GPU of this bandwidth",
-    )
+    what = "predict each row on a GPU of this bandwidth"
+    add("--roofline", type=_amount, metavar="GB/s", help=what)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -110,7 +106,7 @@ def main(args: argparse.Namespace) -> int:
         if write:  # before minutes of measuring
             if not (machine.ROOT / "pyproject.toml").exists():
                 raise records.BadRecord("--suite readme writes into the repository: use a checkout")
-            readme.around_table(machine.ROOT)
+            readme.around_tables(machine.ROOT)
         record = records.load(args.load) if args.load else _measure(args, screen)
         table.show(screen, record.rows, args.baseline)
         if args.roofline:
@@ -154,17 +150,9 @@ def _cases(args: argparse.Namespace, device: str) -> list[Case]:
     for name in names:
         if name not in known:
             raise records.BadRecord(f"operator {name!r} is not one of {', '.join(known)}")
+    of = partial(Case, device=device, zero_advantage=args.zero_advantage, masked=args.masked)
     return [
-        Case(
-            operator=name,
-            objective=objective,
-            tokens=tokens,
-            vocab=vocab,
-            dtype=dtype,
-            device=device,
-            zero_advantage=args.zero_advantage,
-            masked=args.masked,
-        )
+        of(operator=name, objective=objective, tokens=tokens, vocab=vocab, dtype=dtype)
         for name in names
         for objective in (args.objective if known[name].takes_objective else [""])
         for tokens, vocab, dtype in itertools.product(args.tokens, args.vocab, args.dtype)
@@ -186,7 +174,7 @@ def _measure(args: argparse.Namespace, screen: Screen) -> Record:
             gpu = {"name": torch.cuda.get_device_name(), "driver": "unknown"}
         else:
             gpu = watch.gpu_state(nvml, handle)
-            watching = functools.partial(watch.GpuWatch, nvml, handle)
+            watching = partial(watch.GpuWatch, nvml, handle)
     else:
         clock = timing.CpuClock()
         if not there:

@@ -25,7 +25,7 @@ def verdicts(new: list[Row], old: list[Row]) -> list[tuple[Row, Row, str]]:
 
 
 def differences(new: Record, old: Record) -> list[str]:
-    """What else changed between two records, and may be what a verdict is about."""
+    """What else changed between two records, and may explain a verdict."""
 
     def facts(record: Record) -> dict[str, Any]:
         environment = record.environment

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PART_SECONDS = 525.0
-GRACE_SECONDS = 8.0  # for what was told to stop to say what it has
-TAG = "DCPO_GPU_CHECK"  # an environment variable: whatever has our value of it is ours to end
+GRACE_SECONDS = 8.0  # in which a section that was told to stop may write its results
+TAG = "DCPO_GPU_CHECK"  # an environment variable that marks the processes of a section
 
 
 class Section(NamedTuple):
@@ -94,13 +94,13 @@ def fastest(path: Path) -> list[str]:
 
 
 def _hear_interrupts() -> None:
-    """A shell ignores them for what it starts in the background, and who inherits that is deaf."""
+    """A shell lets what it starts in the background ignore SIGINT, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(section: Section, limit: float, env: dict[str, str]) -> dict[str, Any]:
-    """Its exit status (None: it was stopped), its time, and the end of what it said. No process of
-    it is left."""
+    """Its exit status (None: it was stopped), its time, and the end of its output. None of its
+    processes is left."""
     tag = f"{os.getpid()} {section.name}"
     start, stopped = time.monotonic(), False
     with tempfile.TemporaryFile() as log:

@@ -1,9 +1,9 @@
-"""Timing on a GPU: one captured graph an implementation, events around its replays.
+"""Timing on a GPU: one captured graph per implementation, events around its replays.
 
 A graph holds one call for each of several copies of the logits, together more than three times the
 L2 cache: no call finds its logits there, and none waits for Python. What a call overwrote is put
 back before each replay, outside the events. The host queues events and graph while the GPU is held
-busy, so that it is the GPU's time that lies between them.
+busy, so that only the GPU's time lies between them.
 
 A call that can't be captured (it waits for the GPU, or counts on the host) is timed one by one,
 with the L2 cache overwritten before each.
@@ -57,7 +57,7 @@ class CudaClock:
     def prepare(self, call: Call | Copy) -> Rotation:
         copies = min(MAX_COPIES, -(-CACHE_FACTOR * self.l2_bytes // call.nbytes))
         rotation = Rotation([call, *(call.elsewhere() for _ in range(copies - 1))])
-        # On a stream of its own, as capture asks: what is set up at the first call is set up there.
+        # On a stream of its own, as a capture requires: there the first call sets up what it needs.
         side = self.cuda.Stream()
         side.wait_stream(self.cuda.current_stream())
         with self.cuda.stream(side):

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
 
 from dcpo_kernels.bench import check, inputs, memory, stats, timing, traffic
 from dcpo_kernels.bench.calls import Call, Copy, Implementation
 from dcpo_kernels.bench.implementations import implementations
 from dcpo_kernels.bench.operators import Operator
-from dcpo_kernels.bench.records import Conditions, Row
+from dcpo_kernels.bench.records import Row
+from dcpo_kernels.bench.screen import Bar
 from dcpo_kernels.bench.shapes import Case
-
-
-class Progress(Protocol):
-    def stage(self, text: str) -> None: ...
-    def rounds(self, rounds: int, share: float) -> None: ...
-
-
-class Watch(AbstractContextManager[Any], Protocol):
-    def report(self) -> Conditions: ...
+from dcpo_kernels.bench.watch import CpuWatch, GpuWatch
 
 
 @dataclass(frozen=True)
@@ -33,13 +25,11 @@ class Plan:
     peers: Sequence[str]
     seconds: float
     clock: timing.Clock
-    watch: Callable[[], Watch]
+    watch: Callable[[], CpuWatch | GpuWatch]
     traffic: bool = False  # count that of the plain formulas, for --roofline
 
 
-def run_case(
-    case: Case, operator: Operator, plan: Plan, progress: Progress, rows: list[Row]
-) -> bool:
+def run_case(case: Case, operator: Operator, plan: Plan, progress: Bar, rows: list[Row]) -> bool:
     """Appends the case's rows and says whether it ran to the end: Ctrl-C keeps what was
     measured."""
     timed: list[tuple[int, timing.Timeable]] = []  # index of the row, what to time
@@ -68,7 +58,7 @@ def run_case(
                 rows[-1], call = _admit(one, row, operator, data, want, plan.traffic)
                 if call is not None:
                     timed.append((len(rows) - 1, plan.clock.prepare(call)))
-            except Exception as error:  # somebody else's code: the others are still worth timing
+            except Exception as error:  # maybe a peer's bug: the others are still worth timing
                 note = f"{type(error).__name__}: {error}"[:300]
                 rows[-1] = replace(rows[-1], status="wrong", note=note)
         del want
@@ -107,7 +97,7 @@ def _admit(
     if isinstance(call, Copy):
         row = replace(row, minimum_bytes=call.nbytes)
     else:
-        # A peer with a layout of its own has a problem of its own.
+        # A peer with another layout has inputs and a reference of its own.
         if call.inputs is not data:
             want = check.expected(operator, call.inputs)
             row = replace(row, minimum_bytes=operator.minimum_bytes(call.inputs))

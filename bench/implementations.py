@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
 from dcpo_kernels.backends import cuda
-from dcpo_kernels.backends.launch import launched
 from dcpo_kernels.bench import peers
 from dcpo_kernels.bench.calls import Call, Copy, Implementation
 from dcpo_kernels.bench.inputs import Inputs
 from dcpo_kernels.bench.operators import Operator
 
 BACKENDS = ("cpu", "cuda", "triton", "reference", "compile", "eager")
-# `fused` launched otherwise than by the backend's table: (backend, fields of Launch).
+# `fused` launched otherwise than by the backend's table: (backend, argument of its `fused`, value).
 VARIANTS = {
-    "cuda-streaming": ("cuda", {"cluster": 0}),
-    **{f"cuda-cluster-{n}": ("cuda", {"cluster": n}) for n in (1, 2, 4, 8)},
-    **{f"triton-{n}-threads": ("triton", {"program_threads": n}) for n in (128, 256, 512)},
+    "cuda-streaming": ("cuda", "cluster", 0),
+    **{f"cuda-cluster-{n}": ("cuda", "cluster", n) for n in (1, 2, 4, 8)},
+    **{f"triton-{n}-threads": ("triton", "threads", n) for n in (128, 256, 512)},
 }
 
 
@@ -47,20 +47,17 @@ def implementations(
 
 
 def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementation]:
-    if backend not in backends.NAMES:
-        reason = "not a backend of this version"
-    else:
-        reason = backends.unavailable(backend, inputs.case.device)
-        if backend == "triton" and inputs.case.device == "cpu":
-            reason = reason or "its interpreter is no measure of anything"
+    reason = backends.unavailable(backend, inputs.case.device)
+    if backend == "triton" and inputs.case.device == "cpu":
+        reason = reason or "its interpreter is no measure of anything"
     kernels = backend != "reference"
-    note = "" if reason else _kernel(operator, inputs, backend)
     kind = "ours" if kernels else "plain"
-    traffic = operator.minimum_bytes(inputs) if kernels else None  # what they are built for
+    traffic = operator.minimum_bytes(inputs) if kernels else None  # which they are built for
 
     def row(name: str, inplace: bool) -> Implementation:
         function = operator.ours(inputs, backend, inplace)
         make = partial(Call, operator, inputs, function, overwrites=inplace)
+        note = _kernel(operator, inputs) if backend == "cuda" else ""
         return Implementation(name, kind, make, note, traffic=traffic)
 
     if reason:
@@ -72,32 +69,32 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
 
 
 def _variant(operator: Operator, inputs: Inputs, name: str) -> list[Implementation]:
-    if operator.name != "fused":
-        return []
-    backend, how = VARIANTS[name]
+    if operator.name != "fused" or inputs.objective.ratio_level == "sequence":
+        return []  # another kernel is launched
+    backend, argument, value = VARIANTS[name]
     plain = _ours(operator, inputs, backend)[0]
     if plain.make is None:
         return [replace(plain, name=name)]
-    function = operator.ours(inputs, backend, True)
+    function, kernels = operator.ours(inputs, backend, True), backends.kernels(backend)
+    changed = partial(kernels.fused, **{argument: value})
 
     def run(logits: Tensor) -> Tensor:
-        with launched(**how):
+        with patch.object(kernels, "fused", changed):
             return function(logits)
 
-    with launched(**how):
-        note = _kernel(operator, inputs, backend)
+    note = _kernel(operator, inputs, value) if backend == "cuda" else ""
     make = partial(Call, operator, inputs, run, overwrites=True)
     return [replace(plain, name=f"{name}, in place", make=make, note=note)]
 
 
-def _kernel(operator: Operator, inputs: Inputs, backend: str) -> str:
-    """Which of the CUDA backend's kernels runs, where that depends on the vocabulary."""
-    if backend != "cuda" or operator.name != "fused":
-        return ""
+def _kernel(operator: Operator, inputs: Inputs, cluster: int = cuda.BY_TABLE) -> str:
+    """What the CUDA backend does with a row, where more than one of its kernels could be asked."""
     objective, logits = inputs.objective, inputs.logits
-    if objective.needs_topk or objective.needs_old_logits or objective.ratio_level == "sequence":
+    if operator.name != "fused" or objective.ratio_level == "sequence":
         return ""
-    return cuda.plan(logits.shape[-1], logits.itemsize, logits.device.index)
+    if objective.needs_topk or objective.needs_old_logits:
+        return ""
+    return cuda.plan(logits.shape[-1], logits.itemsize, logits.device.index, cluster)
 
 
 def _plain(operator: Operator, inputs: Inputs, compiled: bool) -> Call:

@@ -55,37 +55,24 @@ class Inputs:
             **self.extra,
         }
 
-    def token_advantages(self) -> Tensor:
-        """Like target_ids."""
-        return self.advantages[self.responses()].view(self.target_ids.shape)
-
-    def responses(self) -> Tensor:
-        """[N]: the response of each token."""
-        index = torch.arange(len(self.advantages), device=self.logits.device)
-        if self.mask is not None:
-            return index.repeat_interleave(self.mask.shape[1])
-        return index.repeat_interleave(self.lengths)
-
     def counting_rows(self, skip_zero_advantage: bool = False) -> int:
         """Rows that a kernel has to read."""
-        counts = torch.ones_like(self.target_ids, dtype=torch.bool)
-        if self.mask is not None:
-            counts = self.mask
+        lengths = self.lengths if self.mask is None else self.mask.sum(1)
         if skip_zero_advantage:
-            counts = counts & (self.token_advantages() != 0)
-        return int(counts.sum())
+            lengths = lengths[self.advantages != 0]
+        return int(lengths.sum())
 
     def chunks(self) -> Iterator[tuple[slice, Inputs]]:
-        """Whole responses, in float64, a few at a time. The slice is of the first dimension of what
-        is per token."""
+        """A few whole responses at a time, in float64, with their slice of the first dimension of
+        tensors that are per token."""
         padded = self.mask is not None
-        tokens = self.mask.shape[1] if padded else 1  # of an entry of that dimension
+        tokens = self.mask.shape[1] if padded else 1  # per entry of that dimension
         sizes = [1] * len(self.mask) if padded else self.lengths.tolist()
-        most = CHUNK_BYTES // (8 * self.case.vocab * tokens)
+        limit = CHUNK_BYTES // (8 * self.case.vocab * tokens)
         first = begin = 0
         while first < len(sizes):
             last, end = first + 1, begin + sizes[first]
-            while last < len(sizes) and end + sizes[last] - begin <= most:
+            while last < len(sizes) and end + sizes[last] - begin <= limit:
                 end, last = end + sizes[last], last + 1
             yield slice(begin, end), self._part(slice(begin, end), slice(first, last))
             first, begin = last, end

@@ -1,4 +1,4 @@
-"""What a number was measured on: versions, processor, threads, commit. Nothing is ever set."""
+"""What a number was measured on: versions, processor, threads, commit. Read only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from dcpo_kernels import info
 
 ROOT = Path(__file__).resolve().parents[1]
-# Change what an allocation costs, and how threads are placed.
+# Environment variables that change the cost of an allocation or the placement of threads.
 VARIABLES = ("MALLOC_", "OMP_", "KMP_", "GOMP_", "LD_PRELOAD", "DCPO_KERNELS_", "PYTORCH_", "CUDA_")
 
 

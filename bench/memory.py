@@ -1,9 +1,9 @@
 """Peak memory that a call takes beyond what was there before it.
 
-On a GPU torch's allocator says. On a CPU every allocation and free that torch's allocator reports
-to the profiler is summed up in order. A second witness is the kernel's high-water mark of the
-resident set, reset before the call: it sees what does not come from torch (thread stacks,
-std::vector), but not memory that the process had kept from earlier, and not pages never touched.
+On a GPU torch's allocator tells. On a CPU the allocations and frees that it reports to the profiler
+are summed up in order. As a cross-check serves the kernel's high-water mark of the resident set,
+reset before the call: it includes what does not come from torch (thread stacks, std::vector), but
+neither memory that the process had kept from earlier nor pages never touched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dcpo_kernels.bench.timing import no_garbage_collection
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints two lines a profile otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it prints two lines per profile
 
 
 def peak_extra_bytes(call: Callable[[], object], device: str) -> int:

@@ -15,7 +15,7 @@ from dcpo_kernels.bench import stats
 from dcpo_kernels.bench.records import Row
 from dcpo_kernels.bench.table import cases_of, named, rate, size
 
-PANELS = 6  # bars of more cases than this are nobody's picture
+PANELS = 6  # cases in a picture of bars; more are unreadable
 
 
 def draw(rows: list[Row], baseline: str, folder: Path) -> list[Path]:

@@ -1,5 +1,5 @@
-"""The README's table and docs/performance.md, written from the JSON under bench/results, so that no
-number is typed by hand."""
+"""The README's table and that of docs/performance.md, written from the JSON under bench/results, so
+that no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -23,26 +23,28 @@ def result_file(record: Record) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 
-def around_table(root: Path) -> tuple[str, str]:
-    """The README's text before and after what is generated."""
-    path = root / "README.md"
-    text = path.read_text() if path.exists() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise records.BadRecord(f"{path} needs one line {BEGIN} and after it one line {END}")
-    return text.split(BEGIN)[0], text.split(END)[1]
+def around_tables(root: Path) -> dict[Path, tuple[str, str]]:
+    """The text before and after what is generated, of both files."""
+    around = {}
+    for path in (root / "README.md", root / "docs" / "performance.md"):
+        text = path.read_text() if path.exists() else ""
+        if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+            raise records.BadRecord(f"{path} needs one line {BEGIN} and after it one line {END}")
+        around[path] = text.split(BEGIN)[0], text.split(END)[1]
+    return around
 
 
 def write(root: Path) -> list[Path]:
-    """Regenerates both files from root/bench/results; returns them."""
+    """Fills both files from root/bench/results; returns them."""
     found = [records.load(path) for path in sorted((root / "bench" / "results").glob("*.json"))]
     if not found:
         raise records.BadRecord(f"{root / 'bench' / 'results'} holds no results")
-    readme, performance = root / "README.md", root / "docs" / "performance.md"
-    before, after = around_table(root)
-    readme.write_text(f"{before}{BEGIN}\n{_short(found)}\n{END}{after}")
-    performance.parent.mkdir(exist_ok=True)
-    performance.write_text(_long(found))
-    return [readme, performance]
+    around = around_tables(root)
+    for (path, (before, after)), tables in zip(
+        around.items(), (_short(found), _long(found)), strict=True
+    ):
+        path.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
+    return list(around)
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -116,7 +118,7 @@ def _short(found: list[Record]) -> str:
 
 
 def _long(found: list[Record]) -> str:
-    parts = [_HOW]
+    parts = []
     for record in found:
         environment = record.environment
         parts.append(f"## {_machine(record)}")
@@ -140,7 +142,7 @@ def _long(found: list[Record]) -> str:
                 f"{row.name}: {row.note}" for row in rows if row.note and row.status != "missing"
             ]
             parts.append("\n".join(f"- {text}" for text in notes + table.marks_of(rows)))
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return "\n\n".join(filter(None, parts))
 
 
 def _full(rows: list[Row]) -> str:
@@ -160,24 +162,3 @@ def _full(rows: list[Row]) -> str:
                 ]
             )
     return _markdown(header, lines)
-
-
-_HOW = """# Performance
-
-Written by `dcpo bench --suite readme` from the JSON in [bench/results](../bench/results), which
-holds every sample. `dcpo bench --help` says how to measure something else.
-
-- **Right first.** Value and gradient of every row agree with the float64 reference in the same run,
-  or it is not timed. The last column is the largest error of a gradient entry, relative to the
-  entry (or to 1e-4 of the largest in its row): bf16 rounds by up to 3.9e-03.
-- **Inputs** like a training step's: peaked rows, targets sampled from them, log-normal response
-  lengths, some tokens beyond every clip bound.
-- **Time** in turns, one call of each per round, each round begun by another. CPU: `perf_counter_ns`
-  around one call, caches emptied before it; what a call allocates counts, with the page faults of
-  fresh memory, and what it overwrites is put back outside of the timing. GPU: a captured graph that
-  rotates over copies of the logits larger than the L2 cache, events around its replays.
-- **Median** with its bootstrap 95 % interval; a speedup whose intervals overlap is "ambiguous".
-- **GB/s** counts the least traffic the operator can do with (bench/operators), whatever the
-  implementation moves; "of copy" compares it with a copy of the logits in the same rounds, into
-  memory that is already there.
-- **Peak extra memory** is that of torch's tensors beyond the inputs, results included."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and the JSON that keeps it: environment, command, commit and every
+"""The results of a run, and the JSON that keeps them: environment, command, commit and every
 sample. Whatever is shown is made from it alone. Times are in seconds, sizes in bytes."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dcpo_kernels.files import written_whole
 
 
 class BadRecord(Exception):
-    """A file that is no record, by name and field."""
+    """Names a file that is no valid record, and the field that is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +84,11 @@ class Row(Case):
     version: str  # of a peer
     note: str
     status: Literal["ok", "missing", "wrong", "interrupted"]  # missing, wrong: not timed, see note
-    minimum_bytes: int  # of memory traffic that the operator can't do without; of a copy, its own
+    minimum_bytes: int  # least memory traffic of the operator; of a copy, its traffic
     traffic_bytes: int | None = None  # of the implementation, by a model or counted
     agreement: Agreement | None = None
     extra_bytes: int | None = None  # peak of torch's tensors beyond the inputs
-    extra_resident_bytes: int | None = None  # CPU: growth of the resident set, a second witness
+    extra_resident_bytes: int | None = None  # CPU: growth of the resident set, a cross-check
     samples: list[float] | None = None
     seconds: Times | None = None
     machine: Conditions | None = None

@@ -1,4 +1,4 @@
-"""What is said on the terminal: with rich where it is installed, else as plain text."""
+"""Output on the terminal: with rich where it is installed, else as plain text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ try:
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Table
-except ImportError:  # then a record and plain text are all there is
+except ImportError:  # then tables are plain text
     Console: Any = None
 
 
 class Bar:
-    """How far a case is."""
+    """Progress of a case."""
 
     def __init__(self, update: Callable[..., object] = lambda **_: None) -> None:
         self._update = update

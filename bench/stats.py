@@ -1,4 +1,4 @@
-"""From samples, in seconds, to what is said of them."""
+"""Statistics of samples in seconds, and verdicts on two of them."""
 
 from __future__ import annotations
 
@@ -11,31 +11,22 @@ from dcpo_kernels.bench.records import Times
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
-BAND = 0.03  # a difference smaller than this is none
+BAND = 0.03  # a smaller difference counts as none
 
 
-def bootstrap_median(samples: Sequence[float]) -> tuple[float, float]:
+def bootstrap_median(samples: Sequence[float]) -> list[float]:
     """95 % interval of the median, by resampling (percentile method, fixed seed)."""
     x = np.asarray(samples, dtype=np.float64)
     draws = np.random.default_rng(0).integers(len(x), size=(RESAMPLES, len(x)))
-    medians = np.median(x[draws], axis=1)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(medians, [tail, 1 - tail])
-    return float(low), float(high)
+    return np.quantile(np.median(x[draws], axis=1), [tail, 1 - tail]).tolist()
 
 
 def summarize(samples: Sequence[float]) -> Times:
-    x = np.asarray(samples, dtype=np.float64)
+    least, p20, median, p80 = np.quantile(samples, [0, 0.2, 0.5, 0.8]).tolist()
     low, high = bootstrap_median(samples)
-    return Times(
-        median=float(np.median(x)),
-        min=float(x.min()),
-        p20=float(np.quantile(x, 0.2)),
-        p80=float(np.quantile(x, 0.8)),
-        low=low,
-        high=high,
-        samples=len(x),
-    )
+    n = len(samples)
+    return Times(median=median, min=least, p20=p20, p80=p80, low=low, high=high, samples=n)
 
 
 class Speedup(NamedTuple):
@@ -55,8 +46,8 @@ def speedup(row: Times, base: Times) -> Speedup:
 
 
 def verdict(new: Times, old: Times) -> str:
-    """Of the ratio of two medians, by the interval in which it lies: SAME within BAND of 1, else
-    FAST or SLOW if it leaves 1 out, else AMBIGUOUS: too much noise to tell."""
+    """By the interval of the ratio of two medians: SAME if it lies within BAND of 1, FAST or SLOW
+    if it excludes 1, else AMBIGUOUS: too much noise to tell."""
     _, low, high = speedup(old, new)
     if low > 1 / (1 + BAND) and high < 1 + BAND:
         return "SAME"

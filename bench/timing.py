@@ -38,9 +38,9 @@ class Clock(Protocol):
 class CpuClock:
     def __init__(self, flush_bytes: int | None = None) -> None:
         size = 4 * last_level_cache_bytes() if flush_bytes is None else flush_bytes
-        # Read, not written: the next call must not pay for writing back somebody's dirty lines.
+        # Read, not written: the next call must not pay for writing back dirty cache lines.
         self._other = torch.ones(size // 4)
-        # Else the memory that a call gets is fresh or not as the heap happens to lie.
+        # Otherwise it would depend on the state of the heap whether a call gets fresh memory.
         self._return_free_memory = _malloc_trim()
         self.cache = f"cold: {size / 2**20:.0f} MiB read before each call" if size else "warm"
 
@@ -96,7 +96,7 @@ def interleave(
                 elapsed = time.perf_counter() - begin
                 if rounds >= MIN_ROUNDS and elapsed * (rounds + 1) / rounds > seconds:
                     break
-                # Another one begins each round: nobody always follows the same neighbour.
+                # Another one begins each round, so that none profits from its place in the order.
                 order = [(i + rounds) % len(calls) for i in range(len(calls))]
                 times = {i: clock.sample(calls[i]) for i in order}
                 for i, t in times.items():

@@ -26,7 +26,7 @@ class EagerTraffic(TorchDispatchMode):
         returns = [r.alias_info for r in func._schema.returns]
         view = any(alias is not None and not alias.is_write for alias in returns)
         if not view:
-            # gather touches as much of its first argument as it returns, which is nothing here
+            # of its first argument gather reads only as much as it returns, next to nothing here
             read = args[1:] if func is torch.ops.aten.gather.default else args
             leaves = tree_leaves((read, kwargs, out))
             self.bytes += sum(x.nbytes for x in leaves if isinstance(x, torch.Tensor))
@@ -44,7 +44,7 @@ class CompiledTraffic:
         self._stack = ExitStack()
         self._stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        # A cached graph is not counted, and nothing is unless somebody would log it.
+        # Inductor counts neither a cached graph nor anything while its metrics are not logged.
         self._stack.enter_context(config.patch(force_disable_caches=True))
         log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
         before = log.level, log.propagate

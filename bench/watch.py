@@ -108,7 +108,7 @@ def gpu_now(nvml: Any, handle: Any) -> dict[str, float]:
 
 
 def gpu_state(nvml: Any, handle: Any) -> dict[str, Any]:
-    """What does not change while we look; None for what this GPU or its driver does not tell."""
+    """What stays the same during a run; None for what this GPU or its driver does not tell."""
 
     def ask(question: Any, *arguments: Any) -> Any:
         try:

@@ -1,6 +1,6 @@
 // What the row kernels are given, on a CPU and on a GPU: views of the logits, the scalars of each
-// row, where the results go. Named as the records of dcpo_kernels/ops/; every array has a value per
-// row, unless it says otherwise. A null pointer is a tensor that is not there.
+// row, where the results go. Named as the records of dcpo_kernels/ops/; an array holds one value
+// per row unless noted. A null pointer: that tensor was not given.
 #pragma once
 
 #include <cstdint>
@@ -39,17 +39,19 @@ struct FusedArgs : Batch {
   Objective objective;
   const float* old_logprobs;  // null: those of the policy itself, the ratio is 1
   const float *advantages, *weights, *ref_logprobs, *importance_weights;
+  const float* log_ratio;        // that the ratio is taken from; null: logp - old_logp
+  const float* entropy_weights;  // of the entropy term, as multiples of the weight; null: 1
   float *token_loss, *logprobs, *entropy, *ratio;  // entropy: null where nobody asked for it
   int8_t* clipped;
 };
 
-// Read alone.
+// Read only.
 struct StatsArgs : Batch {
   const uint8_t* mask;  // the rows that are read; null: all
   float *logprobs, *entropy, *row_max, *log_sum;
 };
 
-// Write alone: dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]
+// Write only: dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]
 struct GradientArgs : Batch {
   View gradient;
   const float *row_max, *log_sum, *entropy, *g, *h;

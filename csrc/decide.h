@@ -1,4 +1,4 @@
-// Decide: what the log-probability of a token is worth, and the gradient that follows from it.
+// Decide: the loss of a token and its derivatives, from the token's scalars.
 //
 // dcpo_kernels/decide.py and kernels/decide.py are the same, line for line. float32 throughout;
 // included by the CPU and the CUDA kernels.
@@ -17,7 +17,7 @@
 
 namespace dcpo {
 
-// A code is the place of its name, which is spelled as in dcpo_kernels/objective.py. Python
+// A code is the index of its name, which is spelled as in dcpo_kernels/objective.py. Python
 // compares the names when it loads the module.
 enum Surrogate : int { kClip, kDynamicClip, kInverseSqrtClip, kReinforce, kSoftGate, kRatioMask };
 constexpr const char* kSurrogates[] = {"clip",      "dynamic-clip", "inverse-sqrt-clip",
@@ -34,7 +34,7 @@ constexpr const char* kClipped[] = {"none", "high", "low", "cap", "region"};
 constexpr float kMaxLogRatio = 20.0f;
 // The smallest normal: q = 0 and denormal q must not give 0/0.
 constexpr float kMinProb = 1.17549435e-38f;
-// Floor of the probability of whatever is not listed in a divergence.
+// Lower bound on the probability of all tokens that a top-K divergence does not list.
 constexpr float kMinRest = 1e-12f;
 // Ids per row of a top-K divergence.
 constexpr int kMaxK = 128;
@@ -116,9 +116,9 @@ DCPO_HD float topk_slope(int kind, float logp, float old_logp, float mass_p, flo
   const float p = expf(logp), q = expf(old_logp);
   const float rest_p = 1.0f - mass_p;
   const float rest_q = 1.0f - mass_q > kMinRest ? 1.0f - mass_q : kMinRest;
-  const bool held = rest_p < kMinRest;
-  if (kind == kTopkTv) return 0.5f * p * (sign(p - q) - (held ? 0.0f : sign(rest_p - rest_q)));
-  return (held ? 0.0f : p * rest_q / rest_p) - q;
+  const bool clamped = rest_p < kMinRest;
+  if (kind == kTopkTv) return 0.5f * p * (sign(p - q) - (clamped ? 0.0f : sign(rest_p - rest_q)));
+  return (clamped ? 0.0f : p * rest_q / rest_p) - q;
 }
 
 struct ClipBounds {

@@ -19,10 +19,12 @@ enum Aggregation : int {  // places in objective.AGGREGATIONS
   kSeqMeanTokenMean,
   kTokenMean,
   kTokenSum,
-  kSeqMeanTokenSumNorm
+  kSeqMeanTokenSumNorm,
+  kSeqMeanTokenSum
 };
 constexpr const char* kAggregations[] = {"only-token-mean", "seq-mean-token-mean", "token-mean",
-                                         "token-sum", "seq-mean-token-sum-norm"};
+                                         "token-sum", "seq-mean-token-sum-norm",
+                                         "seq-mean-token-sum"};
 
 constexpr int64_t kAsCounted = INT64_MIN;  // a total that nobody gave
 constexpr int kMaxValues = 4;              // advantages, importance weights, temperatures, one more
@@ -35,6 +37,8 @@ struct Grouping {
   const float *num_responses_on_device, *num_tokens_on_device, *max_length_on_device;
   const float* skip_zero;
   bool skip_by_response, skip_whole_responses;
+  const int64_t* response_lengths;  // tokens of the whole response; null: all of them are here
+  const float* weights;             // [rows], in the place of the aggregation's
 };
 
 struct Responses {
@@ -56,6 +60,7 @@ struct DecideArgs {
   int64_t rows, count;
   const float *logprobs, *entropy;
   const float *old_logprobs, *advantages, *weights, *ref_logprobs, *importance_weights;
+  const float *log_ratio, *entropy_weights;  // as in FusedArgs
   Objective objective;
   bool by_response;
   const int64_t *offsets, *lengths;
@@ -89,7 +94,7 @@ DCPO_HD void add(Counts& c, int64_t length) {
 
 // Where a response ends, from the sum of the lengths so far: never outside the rows.
 DCPO_HD int64_t within(int64_t sum, int64_t rows) { return sum < 0 ? 0 : sum > rows ? rows : sum; }
-// Lengths that nobody looked at may add up to more than 64 bits hold; then the sum wraps.
+// Unchecked lengths may overflow 64 bits; then the sum wraps, which is defined for unsigned only.
 DCPO_HD int64_t wrapping_add(int64_t a, int64_t b) {
   return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
 }
@@ -101,13 +106,13 @@ DCPO_HD int64_t length_of(const TokenWeightsArgs& a, int64_t response) {
 
 DCPO_HD bool counts(const Grouping& g, int64_t row) { return !g.mask || g.mask[row] != 0; }
 
-// Whether skip_zero lets a row be read. With skip_whole_responses all rows of a response are, if
-// one that counts is.
+// Whether skip_zero leaves a row to be read. With skip_whole_responses a response is read whole if
+// one of its rows that count is.
 DCPO_HD bool live(const Grouping& g, int64_t response, int64_t row) {
   return !g.skip_zero || g.skip_zero[g.skip_by_response ? response : row] != 0.0f;
 }
 
-// A total of the whole batch; NaN for one that can't be, as it is less than what is counted here.
+// A total of the whole batch; NaN if it is not > 0 or smaller than what is counted in this call.
 DCPO_HD float total(int64_t given, const float* on_device, int64_t counted) {
   const float here = static_cast<float>(counted);
   if (!on_device && given == kAsCounted) return here;
@@ -115,9 +120,15 @@ DCPO_HD float total(int64_t given, const float* on_device, int64_t counted) {
   return whole > 0.0f && whole >= here ? whole : NAN;
 }
 
+// Tokens of the whole response, of which `here` are in this call; -1 where that can't be.
+DCPO_HD int64_t whole_length(const Grouping& g, int64_t response, int64_t here) {
+  if (!g.response_lengths) return here;
+  return g.response_lengths[response] >= here ? g.response_lengths[response] : -1;
+}
+
 // Of each token of a response of n tokens (dcpo_kernels/responses.py).
 DCPO_HD float token_weight(const Grouping& g, const Counts& c, int64_t n) {
-  if (n == 0) return 0.0f;
+  if (n <= 0) return n == 0 ? 0.0f : NAN;
   const float length = static_cast<float>(n);
   const float responses = total(g.num_responses, g.num_responses_on_device, c.responses);
   switch (g.aggregation) {
@@ -129,16 +140,19 @@ DCPO_HD float token_weight(const Grouping& g, const Counts& c, int64_t n) {
       return 1.0f / total(g.num_tokens, g.num_tokens_on_device, c.tokens);
     case kTokenSum:
       return 1.0f;
+    case kSeqMeanTokenSum:
+      return 1.0f / responses;
     default:
       return 1.0f / (responses * total(g.max_length, g.max_length_on_device, c.longest));
   }
 }
 
-// whole: the response is read whole, whatever skip_zero says of the row.
+// whole: the response is read whole, whatever skip_zero says of the row; weight: the aggregation's.
 DCPO_HD void write_token(const TokenWeightsArgs& a, int64_t response, int64_t row, bool whole,
                          float weight) {
   const bool counted = counts(a.grouping, row);
   const bool read = counted && (whole || live(a.grouping, response, row));
+  if (a.grouping.weights) weight = a.grouping.weights[row];
   a.responses.weights[row] = read ? weight : 0.0f;
   a.responses.mask[row] = counted;
   for (int k = 0; k < a.num_values; ++k) a.spread[k][row] = a.values[k][response];
@@ -158,13 +172,13 @@ DCPO_HD float old_logprob_of(const DecideArgs& a, int64_t row) {
   return a.old_logprobs ? a.old_logprobs[row] : a.logprobs[row];
 }
 
-// What a row adds to its response's log-ratio. A row of weight 0 is not looked at.
+// What a row adds to its response's log-ratio: nothing where its weight is 0.
 DCPO_HD float log_ratio_of(const DecideArgs& a, int64_t row) {
   return a.weights[row] == 0.0f ? 0.0f : a.logprobs[row] - old_logprob_of(a, row);
 }
 
-// Rows [begin, end) are a response's. Those up to `last` take its ratio: the last response has the
-// rows that come after it, and where there is no response at all one of no rows has them.
+// A response has the rows [begin, end), and its ratio serves [begin, last): rows after the last
+// response take that one's ratio, and without any response all rows take that of an empty one.
 struct ResponseRows {
   int64_t begin, end, last, length;
 };
@@ -174,7 +188,7 @@ DCPO_HD ResponseRows rows_of(const DecideArgs& a, int64_t i) {
   return {a.offsets[i], end, i + 1 < a.count ? end : a.rows, a.lengths[i]};
 }
 
-// log_ratio: the response's mean; null: the row has its own.
+// log_ratio: of the row's response; null: the row has its own.
 DCPO_HD void decide_row(const DecideArgs& a, int64_t row, const float* log_ratio) {
   const float weight = a.weights[row];
   Decision d{0.0f, 0.0f, 0.0f, 1.0f, kClippedNone, 0.0f};
@@ -183,14 +197,17 @@ DCPO_HD void decide_row(const DecideArgs& a, int64_t row, const float* log_ratio
     t.logprob = a.logprobs[row];
     t.old_logprob = old_logprob_of(a, row);
     t.advantage = a.advantages[row];
-    t.log_ratio = log_ratio ? *log_ratio : t.logprob - t.old_logprob;
+    t.log_ratio = log_ratio     ? *log_ratio
+                  : a.log_ratio ? a.log_ratio[row]
+                                : t.logprob - t.old_logprob;
     t.importance = a.importance_weights ? a.importance_weights[row] : 1.0f;
     t.ref_logprob = a.ref_logprobs ? a.ref_logprobs[row] : 0.0f;
-    t.entropy = a.entropy ? a.entropy[row] : 0.0f;
+    const float entropy_weight = a.entropy_weights ? a.entropy_weights[row] : 1.0f;
+    t.entropy = a.entropy ? entropy_weight * a.entropy[row] : 0.0f;
     t.divergence = 0.0f;  // a binary one follows from the token
     d = decide(a.objective, t);
     d.g *= weight;
-    d.h *= weight;
+    d.h *= weight * entropy_weight;
   }
   a.token_loss[row] = d.loss;
   a.ratio[row] = d.ratio;
@@ -215,6 +232,7 @@ enum SummaryField : int {  // as ops/records.py has them
   kClipLow,
   kClipCap,
   kClipRegion,
+  kTokensDropped,  // 0 here: who asked for it knows it
   kSummaryFields
 };
 
@@ -237,6 +255,7 @@ template <class Real>
 DCPO_HD Summary<Real> of_row(const FinishArgs& a, int64_t row) {
   Summary<Real> s = nothing_read<Real>();
   const Real weight = a.weights[row], r = a.ratio[row];
+  s.at[kTokens] = a.mask[row] != 0;
   if (weight == Real(0)) return s;
   s.at[kLoss] = weight * a.token_loss[row];
   s.at[kLogprobSum] = a.logprobs[row];

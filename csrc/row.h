@@ -1,6 +1,6 @@
-// What a row is once it is read: its sums, what it is decided on, what is left of it for its
-// gradient. Shared by the CPU and the CUDA kernels, which agree on NaN, on infinities and on rows
-// that don't count.
+// A row after the read: its sums, the inputs of its decision, the coefficients of its gradient.
+// Shared by the CPU and the CUDA kernels, which agree on NaN, on infinities and on rows that don't
+// count.
 #pragma once
 
 #include "args.h"
@@ -46,7 +46,7 @@ DCPO_HD T* row_of(const View& view, int64_t row) {
          (row - batch * view.per_batch) * view.row_stride;
 }
 
-// One per row was looked at on a CPU alone: elsewhere what is no temperature makes its row NaN.
+// Temperatures per row are checked on a CPU only. One that is not > 0 makes its row NaN.
 DCPO_HD float temperature_of(const Batch& a, int64_t row) {
   const float t = a.temperatures ? a.temperatures[row] : a.temperature;
   return t > 0.0f ? t : NAN;
@@ -56,10 +56,11 @@ DCPO_HD bool in_vocabulary(int64_t id, int64_t vocab) { return id >= 0 && id < v
 
 // ---- read ---------------------------------------------------------------------------------------
 
-// Of a row, or a part of it: y = (x - max) log2(e) / T; sum_exp = sum 2^y; sum_exp_z = sum 2^y y,
-// or 2^y times y less another row's. `rest` is sum_exp without the 1 of a maximum: a float32 near 1
-// has no digits below 6e-8, and what stands beside a peak is all that log p, the entropy and the
-// peak's 1 - p are made of. A NaN or +inf logit makes it NaN; nothing read yet is (-inf, -1, 0).
+// Sums over a row or a part of it. With y = (x - max) log2(e) / T: sum_exp = sum 2^y, sum_exp_z =
+// sum 2^y y (for a KL, y minus the other row's y). `rest` is sum_exp without the 1 of the maximum:
+// a float32 near 1 has no digits below 6e-8, and beside a dominant token log p, 1 - p and the
+// entropy depend on just those digits. A NaN or +inf logit makes it NaN. Before any logit the
+// fields are (-inf, -1, 0).
 struct Sums {
   float row_max = -INFINITY;
   float rest = -1.0f;
@@ -69,7 +70,7 @@ struct Sums {
 DCPO_HD float log_sum_of(const Sums& s) { return log1pf(s.rest); }
 DCPO_HD float mean_of(const Sums& s) { return s.sum_exp_z * kLn2 / (1.0f + s.rest); }
 DCPO_HD float entropy_of(const Sums& s) { return log_sum_of(s) - mean_of(s); }
-// The maximum apart from the rest: a row shifted by 1e4 loses nothing.
+// The maximum is subtracted first: a row shifted by 1e4 loses no digits.
 DCPO_HD float logprob_of(const Sums& s, float x, float temperature) {
   return (x - s.row_max) / temperature - log_sum_of(s);
 }
@@ -105,20 +106,20 @@ DCPO_HD float old_logprob_of(const FusedArgs& a, const RowInputs& in, float logp
   return a.old_logprobs ? in.old_logprob : logprob;
 }
 
-// What is left of a row once it is decided: dx_j = 2^y (b + a y), y = log2 p_j = (x_j - max) scale
-// - offset, and the terms of the target's own gradient.
+// The gradient of a row once it is decided: dx_j = 2^y (b + a y), y = log2 p_j = (x_j - max) scale
+// - offset, and the terms of the target's own entry.
 struct RowGradient {
   float row_max, scale, offset, a, b;
   float g, h, log_sum, entropy, temperature;
-  float divergence_coef;  // weighted; not part of a, b and g
-  bool zero;              // nothing pulls at this row: zeros, whatever its logits are
+  float divergence_coef;  // times the token's weight; not part of a, b and g
+  bool zero;              // the gradient is 0, whatever the logits are
 };
 
 template <bool kEntropy>
 DCPO_HD RowGradient row_gradient_of(float g, float h, float row_max, float log_sum, float entropy,
                                     float temperature) {
   RowGradient c;
-  // A NaN that came with other bits set would be rounded to a number by a CPU's bfloat16.
+  // Canonicalize: on a CPU a NaN with bits set in its lower half alone would round to infinity.
   c.g = g == g ? g : NAN;
   c.h = !kEntropy ? 0.0f : h == h ? h : NAN;
   c.row_max = row_max;
@@ -140,31 +141,33 @@ template <bool kEntropy>
 DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs& in, const Sums& s,
                                float target_logit, float divergence, bool writes) {
   if (!in_vocabulary(in.target, a.vocab)) target_logit = NAN;
-  const float temperature = temperature_of(a, row);  // not in RowInputs: a register less
+  const float temperature = temperature_of(a, row);  // not in RowInputs: saves a register
   Token t;
   t.logprob = logprob_of(s, target_logit, temperature);
   t.old_logprob = old_logprob_of(a, in, t.logprob);
   t.advantage = in.advantage;
   t.importance = in.importance;
   t.ref_logprob = in.ref_logprob;
-  t.entropy = kEntropy ? entropy_of(s) : 0.0f;
+  const float entropy = kEntropy ? entropy_of(s) : 0.0f;
+  const float entropy_weight = kEntropy && a.entropy_weights ? a.entropy_weights[row] : 1.0f;
+  t.entropy = entropy_weight * entropy;
   t.divergence = divergence;
-  t.log_ratio = t.logprob - t.old_logprob;
+  t.log_ratio = a.log_ratio ? a.log_ratio[row] : t.logprob - t.old_logprob;
   const Decision d = decide(a.objective, t);
   if (writes) {
     a.token_loss[row] = d.loss;
     a.logprobs[row] = t.logprob;
-    if (kEntropy && a.entropy) a.entropy[row] = t.entropy;
+    if (kEntropy && a.entropy) a.entropy[row] = entropy;
     a.ratio[row] = d.ratio;
     a.clipped[row] = d.clipped;
   }
-  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * d.h, s.row_max,
-                                            log_sum_of(s), t.entropy, temperature);
+  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * entropy_weight * d.h,
+                                            s.row_max, log_sum_of(s), entropy, temperature);
   c.divergence_coef = in.weight * d.divergence_coef;
   return c;
 }
 
-// Of a row whose coefficients are given.
+// The same from coefficients that are given.
 template <bool kEntropy>
 DCPO_HD RowGradient row_gradient_of(const GradientArgs& a, int64_t row) {
   const float factor = a.factor ? *a.factor : 1.0f;
@@ -179,8 +182,8 @@ DCPO_HD float logprob_of(const RowGradient& c, float x) {
   return (x - c.row_max) / c.temperature - c.log_sum;
 }
 
-// Of one logit. 1 - p from expm1: nothing is left of it in float32 where p is near 1. Where p is 0,
-// so is p log p.
+// The gradient of one logit. 1 - p comes from expm1: as a difference it has no digits left where p
+// is near 1. p log p is 0 where p is.
 template <bool kEntropy>
 DCPO_HD float gradient_at(const RowGradient& c, float x, bool is_target) {
   const float logp = logprob_of(c, x);

@@ -4,7 +4,12 @@ logits."""
 from dcpo_kernels._version import __version__
 from dcpo_kernels.advantages import SmoothAdvantage, group_advantage, overlong_punishment
 from dcpo_kernels.critic import gae, value_loss
-from dcpo_kernels.losses import PolicyLoss, policy_loss, selected_logprobs
+from dcpo_kernels.losses import (
+    PolicyLoss,
+    policy_loss,
+    policy_loss_from_logprobs,
+    selected_logprobs,
+)
 from dcpo_kernels.metrics import response_utilization_ratio, summarize, token_clipping_ratio
 from dcpo_kernels.objective import Objective
 from dcpo_kernels.presets import (
@@ -42,6 +47,7 @@ __all__ = [
     "inverse_sqrt",
     "overlong_punishment",
     "policy_loss",
+    "policy_loss_from_logprobs",
     "ppo",
     "response_utilization_ratio",
     "sapo",

@@ -3,8 +3,8 @@ one group (GRPO)."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from itertools import chain, islice
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import islice
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -21,8 +21,16 @@ class PromptStatistics(NamedTuple):
     std: float
 
 
-_COLUMNS = ("visits", "count", "mean", "variance")  # what is kept of a prompt
+class _History(NamedTuple):
+    """What is kept of a prompt."""
 
+    visits: float
+    count: float
+    mean: float
+    variance: float
+
+
+_NEVER = _History(0.0, 0.0, 0.0, 0.0)
 
 # Types of ids that are kept as they are: they hash by value, and torch.load takes them.
 _PLAIN = frozenset((str, int, bool, type(None)))
@@ -124,6 +132,12 @@ def _check_finite(mean: Tensor, variance: Tensor, groups: list[Hashable]) -> Non
         raise ValueError(f"the rewards of {group!r} are too large: their spread is not finite")
 
 
+def _columns(histories: list[_History]) -> dict[str, Tensor]:
+    """[prompts] float64 by field, on the CPU."""
+    table = torch.tensor(histories, dtype=torch.float64, device="cpu").view(-1, len(_NEVER))
+    return dict(zip(_History._fields, table.T.contiguous(), strict=True))
+
+
 def _standardize(rewards: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """(R - mean) / std, 0 where the spread is 0. No epsilon."""
     return torch.where(variance > 0, (rewards - mean) / variance.sqrt(), 0.0)
@@ -183,7 +197,7 @@ class SmoothAdvantage:
 
     A prompt id is a string, a number, bytes, or a tuple of them, so that torch.load reads a saved
     state with weights_only=True. Tensors and numpy scalars count by their value, and ids that are
-    equal in Python are one prompt: 1 and 1.0. A prompt costs 32 bytes beside its id.
+    equal in Python are one prompt: 1 and 1.0.
 
     ddof: 0 for the paper's spread, 1 for the official repository's (torch.std), which it also
         merges as it is.
@@ -199,13 +213,11 @@ class SmoothAdvantage:
             )
         self.ddof = _check_ddof(ddof)
         self.max_prompts = max_prompts
-        self._row: dict[Hashable, int] = {}  # least recently visited first, where it is bounded
-        self._free: list[int] = []
-        self._table = torch.zeros(0, len(_COLUMNS), dtype=torch.float64, device="cpu")
+        self._seen: dict[Hashable, _History] = {}  # bounded: least recently visited first
 
     def __len__(self) -> int:
         """Prompts remembered."""
-        return len(self._row)
+        return len(self._seen)
 
     def __call__(
         self, rewards: Tensor | Sequence[float], prompt_ids: Sequence[Hashable] | Tensor
@@ -228,7 +240,8 @@ class SmoothAdvantage:
                 f"prompt {single!r} has one response: its spread needs two with ddof=1"
             )
 
-        visits_o, o, mean_o, var_o = self._history(prompts).unbind(1)
+        before = _columns([self._seen.get(prompt, _NEVER) for prompt in prompts])
+        visits_o, o, mean_o, var_o = before.values()
         visits = visits_o + 1
         w_o = o / (o + n)
         w_n = 1 - w_o
@@ -239,9 +252,8 @@ class SmoothAdvantage:
         mean_t = torch.where(same, mean_n, w_o * mean_o + w_n * mean_n)
         var_t = w_o * var_o + w_n * var_n + between
         _check_finite(mean_t, var_t, prompts)
-        rows = self._rows_of(prompts)  # which may replace the table
-        self._table[rows] = torch.stack([visits, o + n, mean_t, var_t], 1)
-        self._forget()
+        after = torch.stack([visits, o + n, mean_t, var_t], 1).tolist()
+        self._remember((p, _History(*row)) for p, row in zip(prompts, after, strict=True))
 
         a_n = _standardize(values, mean_n[codes], var_n[codes])
         a_t = _standardize(values, mean_t[codes], var_t[codes])
@@ -250,68 +262,31 @@ class SmoothAdvantage:
         s2 = new * a_n + (1 - new) * a_t
         return torch.where(s1.abs() < s2.abs(), s1, s2).to(device, torch.float32)
 
-    def _history(self, prompts: list[Hashable]) -> Tensor:
-        """What is remembered of prompts, zeros for new ones."""
-        rows = [self._row.get(prompt, -1) for prompt in prompts]
-        row = torch.tensor(rows, dtype=torch.int64, device="cpu")
-        history = self._table.new_zeros(len(rows), len(_COLUMNS))
-        history[row >= 0] = self._table[row[row >= 0]]
-        return history
-
-    def _rows_of(self, prompts: list[Hashable]) -> Tensor:
-        """Rows of the table, new ones for new prompts; all of them visited now."""
-        if self.max_prompts is not None:  # to the end of the dict, which keeps its order
-            known = [(prompt, self._row.pop(prompt)) for prompt in prompts if prompt in self._row]
-            self._row.update(known)
-        rows = list(map(self._row.get, prompts))
-        if None in rows:
-            new = [prompt for prompt, row in zip(prompts, rows, strict=True) if row is None]
-            fresh = range(len(self._row) + len(self._free), len(self._row) + len(new))
-            self._row.update(zip(new, chain(self._free[: len(new)], fresh), strict=False))
-            self._free = self._free[len(new) :]
-            rows = list(map(self._row.__getitem__, prompts))
-        size = len(self._table)
-        if len(self._row) > size:  # doubles, so that growth costs O(1) per prompt
-            room = self._table.new_zeros(max(len(self._row) - size, size), len(_COLUMNS))
-            with torch.inference_mode(False):  # else only inference mode could write to it
-                self._table = torch.cat([self._table, room])
-        return torch.tensor(rows, dtype=torch.int64, device="cpu")
-
-    def _forget(self) -> None:
-        """Drop what exceeds max_prompts. Freed rows are cleared, ready for another prompt."""
-        excess = 0 if self.max_prompts is None else len(self._row) - self.max_prompts
-        if excess > 0:
-            oldest = list(islice(self._row, excess))
-            freed = [self._row.pop(prompt) for prompt in oldest]
-            self._table[freed] = 0.0
-            self._free += freed
+    def _remember(self, visited: Iterable[tuple[Hashable, _History]]) -> None:
+        """Replaces what is known of these prompts, and forgets what exceeds max_prompts."""
+        for prompt, history in visited:
+            if self.max_prompts is not None:
+                self._seen.pop(prompt, None)  # to the end of the dict, which keeps its order
+            self._seen[prompt] = history
+        excess = 0 if self.max_prompts is None else len(self._seen) - self.max_prompts
+        for prompt in list(islice(self._seen, max(excess, 0))):
+            del self._seen[prompt]
 
     def statistics(self, prompt_id: Hashable) -> PromptStatistics:
         """What is remembered of a prompt. KeyError if it is not."""
-        visits, count, mean, variance = self._table[self._row[_id(prompt_id)]].tolist()
-        return PromptStatistics(int(visits), int(count), mean, variance**0.5)
+        seen = self._seen[_id(prompt_id)]
+        return PromptStatistics(int(seen.visits), int(seen.count), seen.mean, seen.variance**0.5)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on: an int, a list and tensors [prompts], float64, which
         torch.load reads with weights_only=True."""
-        columns = self._table[list(self._row.values())].T.clone()
-        return {
-            "ddof": self.ddof,
-            "prompt_ids": list(self._row),
-            **dict(zip(_COLUMNS, columns, strict=True)),
-        }
+        columns = _columns(list(self._seen.values()))
+        return {"ddof": self.ddof, "prompt_ids": list(self._seen), **columns}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state; refused, with nothing changed, if it is not whole or was kept with
         another ddof."""
-        prompts, table = self._checked(state)
-        self._row = {prompt: row for row, prompt in enumerate(prompts)}
-        self._free = []
-        self._table = table
-        self._forget()
-
-    def _checked(self, state: dict[str, Any]) -> tuple[list[Hashable], Tensor]:
-        missing = [key for key in ("ddof", "prompt_ids", *_COLUMNS) if key not in state]
+        missing = [key for key in ("ddof", "prompt_ids", *_History._fields) if key not in state]
         if missing:
             raise ValueError(f"the state lacks {', '.join(missing)}")
         if state["ddof"] != self.ddof:
@@ -325,8 +300,8 @@ class SmoothAdvantage:
                 f"the state does not hold one entry per prompt: of {len(prompts)} ids "
                 f"{len(set(prompts))} are distinct"
             )
-        columns = {}
-        for key, least in zip(_COLUMNS, (1, 1, -torch.inf, 0), strict=True):
+        columns: dict[str, Tensor] = {}
+        for key, least in zip(_History._fields, (1, 1, -torch.inf, 0), strict=True):
             try:
                 column = torch.as_tensor(state[key], dtype=torch.float64, device="cpu").detach()
             except (TypeError, ValueError, RuntimeError) as error:
@@ -345,8 +320,9 @@ class SmoothAdvantage:
                 at = int((~fine).nonzero()[0])
                 raise ValueError(f"{key} of prompt {prompts[at]!r} is {float(column[at])}")
             columns[key] = column
-        with torch.inference_mode(False):
-            return prompts, torch.stack([columns[key] for key in _COLUMNS], 1)
+        rows = map(_History, *(column.tolist() for column in columns.values()))
+        self._seen = {}
+        self._remember(zip(prompts, rows, strict=True))
 
     def merge(self, other: dict[str, Any], base: dict[str, Any] | None = None) -> None:
         """Take in the state of another rank, which visited other prompts.
@@ -362,19 +338,10 @@ class SmoothAdvantage:
         start = SmoothAdvantage(self.ddof)
         if base is not None:
             start.load_state_dict(base)
-        take: list[Hashable] = []
-        for prompt, row in theirs._row.items():
-            entry = theirs._table[row]
-            before = start._table[start._row[prompt]] if prompt in start._row else None
-            if before is not None and torch.equal(entry, before):
-                continue  # they have not visited it
-            if prompt in self._row and (
-                before is None or not torch.equal(self._table[self._row[prompt]], before)
-            ):
+        visited = [(p, seen) for p, seen in theirs._seen.items() if seen != start._seen.get(p)]
+        for prompt, _ in visited:
+            if prompt in self._seen and self._seen[prompt] != start._seen.get(prompt):
                 raise ValueError(
                     f"prompt {prompt!r} was visited on both sides: its visits would count twice"
                 )
-            take.append(prompt)
-        rows = self._rows_of(take)
-        self._table[rows] = theirs._table[[theirs._row[prompt] for prompt in take]]
-        self._forget()
+        self._remember(visited)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,115 +15,138 @@ from torch.autograd import forward_ad
 from dcpo_kernels import backends
 from dcpo_kernels.objective import AGGREGATIONS, MAX_K, Objective
 from dcpo_kernels.ops.library import check_places
-from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens
+from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens, replaced
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int64, torch.int32)
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+INTEGERS += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 MASKS = (torch.bool, torch.uint8, torch.int32, torch.int64, *FLOATS)
 _TINY, _HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class Batch(NamedTuple):
-    """Everything `policy_loss` was told, but for the logits."""
+    """Everything that a loss was told, but for its logits or log-probabilities."""
 
     backend: str
-    grouping: Grouping
-    rows: Rows
-    tokens: Tokens  # its weights are to come, from `grouping`
-    options: Options
     objective: Objective
-    by_response: dict[str, Tensor]  # fields of rows and tokens that came as [R] float32
+    grouping: Grouping
+    tokens: Tokens  # its weights are to come, from `grouping`
+    by_response: dict[str, Tensor]  # fields of tokens and rows that came as [R] float32
+    entropy_weights: Tensor | None  # as they came: not yet multiples of the weights
+    dropped: Tensor | None  # scalar: tokens that don't count because they are not finite
+    ratio_by_response: bool  # each response has one ratio, and all of its tokens are in the call
+    rows: Rows
+    options: Options
     loss_scale: float | Tensor | None
     inplace: bool
 
 
-def policy_batch(
-    logits: Tensor,
-    target_ids: Tensor,
+_NO_ROWS: Any = Rows(*[None] * len(Rows._fields))  # pyright: ignore[reportArgumentType]
+
+
+def token_batch(
+    logits: Tensor,  # or whatever else has the tokens' shape and one axis more
+    objective: Objective,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     *,
     mask: Tensor | None,
     lengths: Tensor | Sequence[int] | None,
-    objective: Objective,
-    temperature: float | Tensor,
+    weights: Tensor | None,
+    response_lengths: Tensor | Sequence[int] | None,
+    response_log_ratio: Tensor | None,
     ref_logprobs: Tensor | None,
     importance_weights: Tensor | None,
-    topk_ids: Tensor | None,
-    topk_logprobs: Tensor | None,
-    old_logits: Tensor | None,
+    entropy_weights: Tensor | None,
     num_responses: int | Tensor | None,
     num_tokens: int | Tensor | None,
     max_length: int | Tensor | None,
-    loss_scale: float | Tensor | None,
     skip_zero_advantage: bool,
-    with_entropy: bool,
-    inplace: bool,
+    drop_nonfinite: bool,
     backend: str,
 ) -> Batch:
+    """What is said of tokens and responses."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective such as dcpo(), got {objective!r}")
-    backend = check_logits("logits", logits, backend)
-    check_transforms("policy_loss", logits)
-    if inplace:
-        check_in_place(logits)
     token_mask, row_lengths, all_ones = _grouping(logits, mask, lengths, objective)
     responses = logits.shape[0] if row_lengths is None else row_lengths.shape[0]
     by_response: dict[str, Tensor] = {}
 
-    def value(name: str, x: Tensor, field: str = "") -> Tensor | None:
+    def value(name: str, x: Tensor | None) -> Tensor | None:
         """[N] float32, or None where it is [R]: then it waits in by_response."""
+        if x is None:
+            return None
         x, per_response = _per_token_or_response(name, x, logits, responses, all_ones)
         if per_response:
-            by_response[field or name] = x
+            by_response[name] = x
             return None
         return x
+
+    def per_token(name: str, x: Tensor | None) -> Tensor | None:
+        return None if x is None else floats(name, x, logits)
 
     if ref_logprobs is None and objective.kl_coef != 0:
         raise ValueError(
             f"objective {objective.name} has kl_coef={objective.kl_coef} and needs ref_logprobs"
         )
-    number, temperatures = 1.0, None
-    if isinstance(temperature, Tensor):
-        temperatures = value(
-            "temperature", _temperatures(temperature, logits, token_mask), "temperatures"
+    if entropy_weights is not None and objective.entropy_coef == 0:
+        raise ValueError(
+            f"entropy_weights are for the entropy term, and objective {objective.name} has none "
+            "(entropy_coef=0)"
         )
-    else:
-        number = temperature_number(temperature)
-    topk_ids, topk_logprobs = _topk(objective, topk_ids, topk_logprobs, logits)
-    rows = Rows(
-        target_ids=rows_of("target_ids", target_ids, logits, IDS, torch.int64),
-        temperatures=temperatures,
-        topk_ids=topk_ids,
-        topk_logprobs=topk_logprobs,
-        old_logits=_old_logits(objective, old_logits, logits, backend),
-    )
     tokens = Tokens(
-        old_logprobs=None if old_logprobs is None else floats("old_logprobs", old_logprobs, logits),
+        old_logprobs=per_token("old_logprobs", old_logprobs),
         advantages=value("advantages", advantages),  # pyright: ignore[reportArgumentType]
         weights=None,  # pyright: ignore[reportArgumentType]
-        ref_logprobs=None
-        if ref_logprobs is None or objective.kl_coef == 0
-        else floats("ref_logprobs", ref_logprobs, logits),
-        importance_weights=None
-        if importance_weights is None
-        else value("importance_weights", importance_weights),
+        ref_logprobs=per_token("ref_logprobs", ref_logprobs) if objective.kl_coef != 0 else None,
+        importance_weights=value("importance_weights", importance_weights),
+        log_ratio=None,
+        entropy_weights=None,
     )
+    one_ratio = objective.ratio_level == "sequence"
+    if response_log_ratio is not None:
+        if not one_ratio:
+            raise ValueError(
+                f"response_log_ratio is for objectives with one ratio per response, and "
+                f"{objective.name} has one per token"
+            )
+        by_response["log_ratio"] = _per_response(
+            "response_log_ratio", response_log_ratio, logits, responses, FLOATS, torch.float32
+        )
+    if response_lengths is not None:
+        if one_ratio and response_log_ratio is None:
+            raise ValueError(
+                f"response_lengths means that responses are not whole in this call, and objective "
+                f"{objective.name} takes one ratio of a whole response: pass response_log_ratio "
+                f"[{responses}] too, its mean log-ratio"
+            )
+        response_lengths = _integers("response_lengths", response_lengths)
+        response_lengths = _per_response(
+            "response_lengths", response_lengths, logits, responses, INTEGERS, torch.int64
+        )
+    dropped = None
+    if drop_nonfinite:
+        token_mask, dropped = _finite(tokens.old_logprobs, token_mask)
     skip_zero = None
     if skip_zero_advantage and not objective.pulls_without_advantage:
         skip_zero = by_response.get("advantages", tokens.advantages)
     responses_total = _total("num_responses", num_responses, logits)
     tokens_total = _total("num_tokens", num_tokens, logits)
     length_total = _total("max_length", max_length, logits)
-    if max_length is None and objective.aggregation == "seq-mean-token-sum-norm":
+    aggregation = "token-sum" if weights is not None else objective.aggregation
+    if max_length is None and aggregation == "seq-mean-token-sum-norm":
         raise ValueError(
-            f"aggregation={objective.aggregation!r} needs max_length, the same in every micro-batch"
+            f"aggregation={aggregation!r} needs max_length, the same in every micro-batch"
         )
+    ratio_by_response = one_ratio and response_log_ratio is None
     grouping = Grouping(
         mask=token_mask,
         lengths=row_lengths,
-        aggregation=AGGREGATIONS.index(objective.aggregation),
+        response_lengths=response_lengths,
+        weights=per_token("weights", weights),
+        aggregation=AGGREGATIONS.index(aggregation),
         num_responses=responses_total[0],
         num_tokens=tokens_total[0],
         max_length=length_total[0],
@@ -132,16 +155,69 @@ def policy_batch(
         max_length_on_device=length_total[1],
         skip_zero=skip_zero,
         skip_by_response="advantages" in by_response,
-        skip_whole_responses=objective.ratio_level == "sequence",
+        skip_whole_responses=ratio_by_response,
     )
     return Batch(
         backend=backend,
-        grouping=grouping,
-        rows=rows,
-        tokens=tokens,
-        options=Options(number, with_entropy or objective.entropy_coef != 0),
         objective=objective,
+        grouping=grouping,
+        tokens=tokens,
         by_response=by_response,
+        entropy_weights=per_token("entropy_weights", entropy_weights),
+        dropped=dropped,
+        ratio_by_response=ratio_by_response,
+        rows=_NO_ROWS,
+        options=Options(1.0, objective.entropy_coef != 0),
+        loss_scale=None,
+        inplace=False,
+    )
+
+
+def with_rows(
+    batch: Batch,
+    logits: Tensor,
+    target_ids: Tensor,
+    *,
+    temperature: float | Tensor,
+    topk_ids: Tensor | None,
+    topk_logprobs: Tensor | None,
+    old_logits: Tensor | None,
+    loss_scale: float | Tensor | None,
+    with_entropy: bool,
+    inplace: bool,
+) -> Batch:
+    """And what is said of the logits."""
+    objective, by_response = batch.objective, dict(batch.by_response)
+    if inplace:
+        check_in_place(logits)
+    number, temperatures = 1.0, None
+    if isinstance(temperature, Tensor):
+        lengths = batch.grouping.lengths
+        responses = logits.shape[0] if lengths is None else lengths.shape[0]
+        temperatures, per_response = _per_token_or_response(
+            "temperature",
+            _temperatures(temperature, logits, batch.grouping.mask),
+            logits,
+            responses,
+            False,
+        )
+        if per_response:
+            by_response["temperatures"], temperatures = temperatures, None
+    else:
+        number = temperature_number(temperature)
+    topk_ids, topk_logprobs = _topk(objective, topk_ids, topk_logprobs, logits)
+    rows = Rows(
+        target_ids=rows_of("target_ids", target_ids, logits, IDS, torch.int64),
+        temperatures=temperatures,
+        topk_ids=topk_ids,
+        topk_logprobs=topk_logprobs,
+        old_logits=_old_logits(objective, old_logits, logits, batch.backend),
+    )
+    return replaced(
+        batch,
+        by_response=by_response,
+        rows=rows,
+        options=Options(number, with_entropy or objective.entropy_coef != 0),
         loss_scale=_loss_scale(loss_scale, logits),
         inplace=inplace,
     )
@@ -261,6 +337,12 @@ def floats(name: str, x: Tensor, logits: Tensor) -> Tensor:
     return rows_of(name, x, logits, FLOATS, torch.float32)
 
 
+def values_of(name: str, x: Tensor, logits: Tensor, backend: str) -> Tensor:
+    """The same of what may carry a gradient, in the dtype that the backend computes in."""
+    in_double = x.dtype == torch.float64 and backend == "reference"
+    return rows_of(name, x, logits, FLOATS, torch.float64 if in_double else torch.float32)
+
+
 def mask_of(mask: Tensor, logits: Tensor) -> Tensor:
     tokens = list(logits.shape[:-1])
     _check_tensor("mask", mask, tokens)
@@ -279,32 +361,21 @@ def _grouping(
 ) -> tuple[Tensor | None, Tensor | None, bool]:
     """Mask and lengths as the operators take them, on the device of the logits, and whether each
     response is known to be one row."""
-    if (mask is None) == (lengths is None):
-        raise ValueError(
-            "exactly one of mask [B, T] (padded logits) and lengths [R] (packed logits) tells "
-            f"which tokens form a response; got {'both' if mask is not None else 'neither'}"
-        )
-    if mask is not None:
-        if logits.dim() != 3:
+    token_mask = None if mask is None else mask_of(mask, logits)
+    if lengths is None:
+        if mask is None or logits.dim() != 3:
             raise ValueError(
-                f"mask goes with logits [B, T, V], got {list(logits.shape)}; packed logits take "
-                f"lengths"
+                "mask [B, T] (padded logits) or lengths [R] (packed logits, with or without a "
+                f"mask) tell which tokens form a response; got logits {list(logits.shape)} and "
+                f"{'neither' if mask is None else 'no lengths'}"
             )
-        return mask_of(mask, logits), None, False
-    if logits.dim() != 2:
+        return token_mask, None, False
+    if logits.dim() == 3 and logits.shape[0] != 1:
         raise ValueError(
-            f"lengths go with packed logits [N, V], got {list(logits.shape)}; padded logits take a "
-            f"mask"
+            f"lengths go with packed logits, [N, V] or [1, N, V], got {list(logits.shape)}; padded "
+            f"logits take a mask alone"
         )
-    if isinstance(lengths, Tensor):
-        given = lengths
-    else:
-        try:
-            given = torch.as_tensor(lengths, device="cpu")
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise TypeError(f"lengths must be integers [R], got {lengths!r}") from error
-        if given.shape == (0,):  # torch takes [] for floats
-            given = given.to(torch.int64)
+    given = _integers("lengths", lengths)
     if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
         raise ValueError(
             f"lengths must be integers of shape [R], got {given.dtype} of shape {list(given.shape)}"
@@ -314,10 +385,49 @@ def _grouping(
     looked = given.device.type == "cpu" or os.environ.get("DCPO_KERNELS_CHECK") == "1"
     if looked and not torch.compiler.is_compiling():
         values = given.tolist()
-        _check_lengths(values, logits.shape[0], objective)
+        _check_lengths(values, logits.shape[:-1].numel(), objective)
         all_ones = values.count(1) == len(values)
-    lengths = given.to(logits.device, torch.int64, non_blocking=True).contiguous()
-    return None, lengths, all_ones
+    given = given.to(logits.device, torch.int64, non_blocking=True).contiguous()
+    return token_mask, given, all_ones
+
+
+def _integers(name: str, given: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(given, Tensor):
+        return given
+    try:
+        numbers = torch.as_tensor(given, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must be integers [R], got {given!r}") from error
+    # torch takes [] for floats
+    return numbers.to(torch.int64) if numbers.shape == (0,) else numbers
+
+
+def _per_response(
+    name: str,
+    x: Tensor,
+    logits: Tensor,
+    responses: int,
+    dtypes: Sequence[torch.dtype],
+    to: torch.dtype,
+) -> Tensor:
+    """One value per response, [R] or [R, 1], contiguous on the device of the logits."""
+    _check_tensor(name, x, [responses])
+    if list(x.shape) not in ([responses], [responses, 1]):
+        raise ValueError(
+            f"{name} must have one value per response, shape [{responses}], got {list(x.shape)}"
+        )
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_names(dtypes)}, got {_names([x.dtype])}")
+    return x.to(logits.device, to, non_blocking=True).reshape(responses).contiguous()
+
+
+def _finite(x: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask without the tokens where x is not finite, and how many it lost."""
+    if x is None:
+        return mask, None
+    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    finite = counted & x.isfinite()
+    return finite, (counted & ~finite).sum()
 
 
 def _check_lengths(lengths: list[int], rows: int, objective: Objective) -> None:

@@ -51,17 +51,10 @@ def collect() -> dict[str, Any]:
     if _C is None:
         facts["compiled"]["reason"] = _compiled.missing
         return facts
-    facts["compiled"] = {
-        "present": True,
-        "compiler": _C.compiler,
-        "cuda": _C.cuda,
-        "cuda_archs": _C.cuda_archs.split(),
-    }
-    facts["cpu"] = {
-        "isas": _C.cpu_isas(),
-        "isa": _C.cpu_isa(),
-        "threads": torch.get_num_threads(),
-    }
+    facts["compiled"] = {"present": True, "compiler": _C.compiler, "cuda": _C.cuda}
+    facts["compiled"]["cuda_archs"] = _C.cuda_archs.split()
+    threads = torch.get_num_threads()
+    facts["cpu"] = {"isas": _C.cpu_isas(), "isa": _C.cpu_isa(), "threads": threads}
     if _C.cuda:
         facts["cuda"] = {**_C.cuda_versions(), "devices": _C.cuda_devices()}
         if not backends.unavailable("cuda", "cuda"):
@@ -78,44 +71,38 @@ def _installed(distribution: str) -> str | None:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    lines = [
-        f"{name:<16}{version or 'not installed'}" for name, version in facts["versions"].items()
-    ]
-
+    lines = [(name, version or "not installed") for name, version in facts["versions"].items()]
     compiled = facts["compiled"]
     if compiled["present"]:
         archs = f"CUDA for {' '.join(compiled['cuda_archs'])}" if compiled["cuda"] else "no CUDA"
-        lines.append(f"{'compiled module':<16}{compiled['compiler']}, {archs}")
+        lines.append(("compiled module", f"{compiled['compiler']}, {archs}"))
         cpu = facts["cpu"]
-        lines.append(
-            f"{'CPU':<16}{cpu['isa']} in use, of {', '.join(cpu['isas'])}; {cpu['threads']} threads"
-        )
+        threads = f"{cpu['threads']} threads"
+        lines.append(("CPU", f"{cpu['isa']} in use, of {', '.join(cpu['isas'])}; {threads}"))
     else:
-        lines.append(f"{'compiled module':<16}none: {compiled['reason']}")
-
-    if "cuda" in facts:
-        cuda = facts["cuda"]
+        lines.append(("compiled module", f"none: {compiled['reason']}"))
+    if cuda := facts.get("cuda"):
         driver = f"driver for CUDA {_cuda(cuda['driver'])}" if cuda["driver"] else "no driver"
-        lines.append(f"{'CUDA':<16}runtime {_cuda(cuda['runtime'])}, {driver}")
+        lines.append(("CUDA", f"runtime {_cuda(cuda['runtime'])}, {driver}"))
         for i, device in enumerate(cuda["devices"]):
             major, minor = device["capability"]
-            lines.append(
-                f"{f'GPU {i}':<16}{device['name']}, sm_{major}{minor}, "
+            text = (
+                f"{device['name']}, sm_{major}{minor}, "
                 f"{device['multiprocessors']} multiprocessors, "
                 f"{device['total_bytes'] / 2**30:.0f} GiB, "
                 f"L2 {device['l2_bytes'] / 2**20:.0f} MiB, "
-                f"shared {device['shared_bytes'] / 2**10:.0f} KiB a block"
+                f"shared {device['shared_bytes'] / 2**10:.0f} KiB per block"
             )
+            lines.append((f"GPU {i}", text))
             for vocab, plan in device.get("fused in bf16", {}).items():
-                lines.append(f"{'':<16}(V = {vocab:,} in bf16: {plan})")
-
+                lines.append(("", f"(V = {vocab:,} in bf16: {plan})"))
     for row in facts["backends"]:
-        lines.append(f"{row['tensor'] + ' tensors':<16}{row['backend'] or 'none'}: {row['reason']}")
+        lines.append((f"{row['tensor']} tensors", f"{row['backend'] or 'none'}: {row['reason']}"))
         for other in row["others"]:
             if other["backend"] != row["backend"]:
                 can = "also there" if other["available"] else "not there"
-                lines.append(f"{'':<16}({other['backend']} {can}: {other['reason']})")
-    return "\n".join(lines)
+                lines.append(("", f"({other['backend']} {can}: {other['reason']})"))
+    return "\n".join(f"{name:<16}{text}" for name, text in lines)
 
 
 def _cuda(version: int) -> str:

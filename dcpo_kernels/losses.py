@@ -1,5 +1,5 @@
-"""What a training loop calls: `policy_loss`, and `selected_logprobs` for engines that keep a loss
-of their own."""
+"""What a training loop calls: `policy_loss`, `policy_loss_from_logprobs` for engines that hand over
+nothing else, and `selected_logprobs` for those that keep a loss of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels import arguments, ops
+from dcpo_kernels import arguments, backends, ops
+from dcpo_kernels.metrics import Summary
 from dcpo_kernels.objective import Objective
 from dcpo_kernels.ops.records import (
     RatioGroups,
@@ -22,6 +23,8 @@ from dcpo_kernels.ops.records import (
     replaced,
 )
 from dcpo_kernels.presets import dcpo
+
+_DEFAULT = dcpo()
 
 
 class PolicyLoss(NamedTuple):
@@ -68,14 +71,19 @@ def _without_zeros(ctx) -> None:
 # ---- policy_loss --------------------------------------------------------------------------------
 
 
-def _with_weights(batch: arguments.Batch) -> tuple[arguments.Batch, Responses]:
-    """Mask or lengths become token weights, and what came per response one value per token."""
+def _with_weights(batch: arguments.Batch, like: Tensor) -> tuple[arguments.Batch, Responses]:
+    """Mask or lengths become token weights, and what came per response one value per token, as
+    `like` has them."""
     *responses, spread = ops.token_weights(
-        batch.rows.target_ids, *batch.grouping, list(batch.by_response.values()), batch.backend
+        like, *batch.grouping, list(batch.by_response.values()), batch.backend
     )
     responses = Responses(*responses)
     per_token = dict(zip(batch.by_response, spread, strict=True))
     temperatures = per_token.pop("temperatures", batch.rows.temperatures)
+    if batch.entropy_weights is not None:
+        per_token["entropy_weights"] = torch.where(
+            responses.weights == 0, 0.0, batch.entropy_weights / responses.weights
+        )
     batch = replaced(
         batch,
         rows=replaced(batch.rows, temperatures=temperatures),
@@ -84,8 +92,10 @@ def _with_weights(batch: arguments.Batch) -> tuple[arguments.Batch, Responses]:
     return batch, responses
 
 
-def _output(results: Results, responses: Responses, backend: str) -> PolicyLoss:
-    loss, response_loss, summary = ops.finish(*results, *responses, backend)
+def _output(results: Results, responses: Responses, batch: arguments.Batch) -> PolicyLoss:
+    loss, response_loss, summary = ops.finish(*results, *responses, batch.backend)
+    if batch.dropped is not None:
+        summary[Summary._fields.index("tokens_dropped")] = batch.dropped
     return PolicyLoss(loss, *results, response_loss, responses.mask, summary)
 
 
@@ -93,7 +103,7 @@ def _one_pass(
     logits: Tensor, batch: arguments.Batch, with_gradient: bool
 ) -> tuple[PolicyLoss, Tensor | None]:
     """The loss, and its gradient in the logits times loss_scale: read, decide and write at once."""
-    batch, responses = _with_weights(batch)
+    batch, responses = _with_weights(batch, batch.rows.target_ids)
     tokens = batch.tokens
     if batch.loss_scale is not None:
         tokens = replaced(tokens, weights=tokens.weights * batch.loss_scale)
@@ -105,7 +115,7 @@ def _one_pass(
         *results, gradient = ops.fused(
             logits, *batch.rows, *tokens, *numbers, *options, with_gradient, batch.backend
         )
-    return _output(Results(*results), responses, batch.backend), gradient
+    return _output(Results(*results), responses, batch), gradient
 
 
 class _OnePass(torch.autograd.Function):
@@ -138,20 +148,28 @@ class _OnePass(torch.autograd.Function):
         return gradient, None
 
 
+def _decided(
+    read: Read, batch: arguments.Batch, responses: Responses
+) -> tuple[Results, Tensor, Tensor]:
+    """Results, and the derivatives of the loss in the log-probabilities and in the entropy."""
+    groups = RatioGroups(batch.ratio_by_response, responses.offsets, responses.lengths)
+    token_loss, ratio, clipped, g, h = ops.decide(
+        *read, *batch.tokens, *batch.objective.numbers, *groups, batch.backend
+    )
+    entropy = read.logprobs.new_empty(0) if read.entropy is None else read.entropy
+    return Results(token_loss, read.logprobs, entropy, ratio, clipped), g, h
+
+
 def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, RowCoefficients]:
     """The loss, and what backward writes the gradient from: a response's ratio is known once all of
     its rows are read."""
-    batch, responses = _with_weights(batch)
+    batch, responses = _with_weights(batch, batch.rows.target_ids)
     rows, numbers, options = batch.rows, batch.objective.numbers, batch.options
     read_rows = responses.mask if batch.grouping.skip_zero is None else responses.weights != 0
     targets = Targets(rows.target_ids, read_rows, rows.temperatures)
     stats = RowStats(*ops.row_stats(logits, *targets, *options, batch.backend))
-    read = Read(stats.logprobs, stats.entropy if options.with_entropy else None)
-    groups = RatioGroups(True, responses.offsets, responses.lengths)
-    token_loss, ratio, clipped, g, h = ops.decide(
-        *read, *batch.tokens, *numbers, *groups, batch.backend
-    )
-    results = Results(token_loss, stats.logprobs, stats.entropy, ratio, clipped)
+    entropy = stats.entropy if options.with_entropy else None
+    results, g, h = _decided(Read(stats.logprobs, entropy), batch, responses)
     has_entropy_term = numbers.entropy_coef != 0
     coefficients = RowCoefficients(
         target_ids=rows.target_ids,
@@ -162,7 +180,7 @@ def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, Row
         g=g,
         h=h if has_entropy_term else None,
     )
-    return _output(results, responses, batch.backend), coefficients
+    return _output(results, responses, batch), coefficients
 
 
 def _write(ctx, coefficients: RowCoefficients, logits: Tensor, factor: Tensor | None) -> Tensor:
@@ -210,14 +228,19 @@ def policy_loss(
     temperature: float | Tensor = 1.0,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
     topk_ids: Tensor | None = None,
     topk_logprobs: Tensor | None = None,
     old_logits: Tensor | None = None,
+    weights: Tensor | None = None,
+    response_lengths: Tensor | Sequence[int] | None = None,
+    response_log_ratio: Tensor | None = None,
     num_responses: int | Tensor | None = None,
     num_tokens: int | Tensor | None = None,
     max_length: int | Tensor | None = None,
     loss_scale: float | Tensor | None = None,
     skip_zero_advantage: bool = False,
+    drop_nonfinite: bool = False,
     with_entropy: bool = False,
     inplace: bool = False,
     backend: str = "auto",
@@ -225,25 +248,37 @@ def policy_loss(
     """A policy-gradient loss over vocabulary logits: every logit is read once, its gradient written
     once.
 
-    logits: [N, V] packed responses, one after the other, or [B, T, V] padded; bf16, fp16 or fp32;
-        rows may be strided (logits[:, :-1] is fine). Everything is computed in float32.
-    target_ids: [N] or [B, T], int64 or int32; logits[t] predicts target_ids[t].
-    old_logprobs: [N] or [B, T], log-probabilities of the policy that the ratio is taken against, at
+    logits: [N, V] or [1, N, V] packed responses, one after the other, or [B, T, V] padded; bf16,
+        fp16 or fp32; rows may be strided (logits[:, :-1] is fine). Everything is computed in
+        float32. "Per token" below is [N], [1, N] or [B, T], as the logits have it.
+    target_ids: per token, int64 or int32; logits[t] predicts target_ids[t].
+    old_logprobs: per token, log-probabilities of the policy that the ratio is taken against, at
         this temperature. None: the policy itself (on-policy). The ratio is then exactly 1, the
         gradient is that of the ratio, and DCPO's bounds take its own probability.
-    advantages: per token, [N] or [B, T], or per response, [R] or [B] (or [R, 1]).
-    mask: [B, T], nonzero where a token counts, with padded logits. lengths: [R], with packed ones;
-        may hold zeros. What stands in tokens that don't count (any id, NaN) has no effect, and
-        their logits are not read.
+    advantages: per token, or per response, [R] or [B] (or [R, 1]).
+    lengths: [R] rows of each response, with packed logits; may hold zeros.
+    mask: per token, nonzero where a token counts. Padded logits need it; packed ones may have it,
+        for the rows of prompts and tools. What stands in tokens that don't count (any id, NaN) has
+        no effect, and their logits are not read.
     objective: a preset such as `dcpo()` (the default), `grpo()`, `dapo()`, `ppo()`.
     temperature: > 0; the loss is that of softmax(logits / temperature). A number, or a tensor with
         one per token or per response.
     ref_logprobs: per token; needed when objective.kl_coef != 0.
     importance_weights: per token or response; multiply the policy term only, not KL and entropy.
         For the mismatch between the engine that sampled and the one that trains.
+    entropy_weights: per token; the entropy term is then -entropy_coef * sum entropy_weights *
+        entropy, whatever the tokens' weights are, over tokens that are read.
     topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported, no id twice in
         a row; for dppo's top-K divergences.
     old_logits: of the logits' shape, in any of their dtypes; for dppo's full divergences.
+    weights: per token: loss = sum weights * token_loss, in the place of the objective's
+        aggregation. A token of weight 0 is not read.
+    response_lengths: [R] tokens of each whole response that count, where a call holds only a part
+        of it (chunks of a sequence, context parallelism). All that is counted comes from them:
+        1/n_i, and without totals the number of responses and tokens too. response_loss is then
+        this part's share of the mean.
+    response_log_ratio: [R], for objectives with one ratio per response: its logarithm, the mean of
+        logp - old_logp over the whole response, known beforehand. Then it is one pass.
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
         it into micro-batches changes nothing. One that is smaller than what is in the call is an
         error; where that would mean waiting for a GPU, the loss is NaN.
@@ -252,6 +287,8 @@ def policy_loss(
         backward: with fp16 logits small entries would be 0 without it. The result is the same.
     skip_zero_advantage: don't read rows with advantage 0 where nothing else has a gradient; their
         results are 0.
+    drop_nonfinite: a token whose old log-probability is not finite does not count; how many there
+        were is in `summarize`.
     with_entropy: also return the entropy.
     inplace: the forward overwrites the logits with their gradient (gspo: the backward does), so no
         second [N, V] tensor is ever allocated. Nothing else may read the logits: autograd raises
@@ -267,30 +304,41 @@ def policy_loss(
     for an id outside the vocabulary (on a GPU: that row's loss is NaN, or with DCPO_KERNELS_CHECK=1
     the error).
     """
-    batch = arguments.policy_batch(
+    backend = arguments.check_logits("logits", logits, backend)
+    arguments.check_transforms("policy_loss", logits)
+    batch = arguments.token_batch(
         logits,
-        target_ids,
+        _DEFAULT if objective is None else objective,
         old_logprobs,
         advantages,
         mask=mask,
         lengths=lengths,
-        objective=dcpo() if objective is None else objective,
-        temperature=temperature,
+        weights=weights,
+        response_lengths=response_lengths,
+        response_log_ratio=response_log_ratio,
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
-        topk_ids=topk_ids,
-        topk_logprobs=topk_logprobs,
-        old_logits=old_logits,
+        entropy_weights=entropy_weights,
         num_responses=num_responses,
         num_tokens=num_tokens,
         max_length=max_length,
-        loss_scale=loss_scale,
         skip_zero_advantage=skip_zero_advantage,
-        with_entropy=with_entropy,
-        inplace=inplace,
+        drop_nonfinite=drop_nonfinite,
         backend=backend,
     )
-    two_passes = batch.objective.ratio_level == "sequence"
+    batch = arguments.with_rows(
+        batch,
+        logits,
+        target_ids,
+        temperature=temperature,
+        topk_ids=topk_ids,
+        topk_logprobs=topk_logprobs,
+        old_logits=old_logits,
+        loss_scale=loss_scale,
+        with_entropy=with_entropy,
+        inplace=inplace,
+    )
+    two_passes = batch.ratio_by_response
     if torch.is_grad_enabled() and logits.requires_grad:
         out = PolicyLoss(*(_TwoPasses if two_passes else _OnePass).apply(logits, batch))
     else:
@@ -298,6 +346,119 @@ def policy_loss(
             passes = _two_passes(logits, batch) if two_passes else _one_pass(logits, batch, False)
             out = passes[0]
     return out if batch.options.with_entropy else replaced(out, entropy=None)
+
+
+# ---- policy_loss_from_logprobs -------------------------------------------------------------------
+
+
+def _from_logprobs(
+    logprobs: Tensor, entropy: Tensor | None, batch: arguments.Batch
+) -> tuple[PolicyLoss, Tensor, Tensor]:
+    batch, responses = _with_weights(batch, logprobs)
+    results, g, h = _decided(Read(logprobs, entropy), batch, responses)
+    return _output(results, responses, batch), g, h
+
+
+class _FromLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, entropy, batch):
+        out, g, h = _from_logprobs(logprobs.detach(), entropy, batch)
+        _without_zeros(ctx)
+        ctx.save_for_backward(g, h)
+        loss, token_loss, logprobs, *others = out
+        others = (token_loss, logprobs.clone(), others[0].clone(), *others[1:])
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None, None
+        _first_derivatives_only("policy_loss_from_logprobs")
+        g, h = ctx.saved_tensors
+        return g * grad_loss, h * grad_loss if h.numel() else None, None
+
+
+def policy_loss_from_logprobs(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    objective: Objective | None = None,
+    ref_logprobs: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    entropy_weights: Tensor | None = None,
+    weights: Tensor | None = None,
+    response_lengths: Tensor | Sequence[int] | None = None,
+    response_log_ratio: Tensor | None = None,
+    num_responses: int | Tensor | None = None,
+    num_tokens: int | Tensor | None = None,
+    max_length: int | Tensor | None = None,
+    drop_nonfinite: bool = False,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """`policy_loss` from log-probabilities that carry a gradient, for trainers that hand over
+    nothing else. Every objective but those that compare more of a row (top-K and full divergences).
+
+    logprobs: [N] or [1, N] packed, [B, T] padded; any float dtype, computed in float32. entropy: of
+        the same shape; needed, and differentiable, where objective.entropy_coef != 0.
+    The others as in `policy_loss`.
+
+    Returns the same `PolicyLoss`; backward may run more than once.
+    """
+    if not isinstance(logprobs, Tensor) or logprobs.dim() not in (1, 2):
+        raise ValueError(
+            f"logprobs must be a tensor, [N] packed or [B, T] padded, got "
+            f"{list(logprobs.shape) if isinstance(logprobs, Tensor) else type(logprobs).__name__}"
+        )
+    objective = _DEFAULT if objective is None else objective
+    backend = backends.choose(backend, logprobs.device.type)
+    arguments.check_transforms("policy_loss_from_logprobs", logprobs)
+    like = logprobs.unsqueeze(-1)  # a row of one logit per token
+    batch = arguments.token_batch(
+        like,
+        objective,
+        old_logprobs,
+        advantages,
+        mask=mask,
+        lengths=lengths,
+        weights=weights,
+        response_lengths=response_lengths,
+        response_log_ratio=response_log_ratio,
+        ref_logprobs=ref_logprobs,
+        importance_weights=importance_weights,
+        entropy_weights=entropy_weights,
+        num_responses=num_responses,
+        num_tokens=num_tokens,
+        max_length=max_length,
+        skip_zero_advantage=False,
+        drop_nonfinite=drop_nonfinite,
+        backend=backend,
+    )
+    if objective.needs_topk or objective.needs_old_logits:
+        raise ValueError(
+            f"divergence={objective.divergence!r} takes more of a row than its log-probability: "
+            "it goes with policy_loss"
+        )
+    if objective.entropy_coef != 0 and entropy is None:
+        raise ValueError(
+            f"objective {objective.name} has entropy_coef={objective.entropy_coef} and needs "
+            "entropy"
+        )
+    logprobs = arguments.values_of("logprobs", logprobs, like, backend)
+    if entropy is not None:
+        entropy = arguments.values_of("entropy", entropy, like, backend)
+    if torch.is_grad_enabled() and (
+        logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
+    ):
+        out = PolicyLoss(*_FromLogprobs.apply(logprobs, entropy, batch))
+    else:
+        with torch.no_grad():
+            out = _from_logprobs(logprobs, entropy, batch)[0]
+    return replaced(out, entropy=None) if entropy is None else out
 
 
 # ---- selected_logprobs --------------------------------------------------------------------------

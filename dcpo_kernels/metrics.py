@@ -31,6 +31,7 @@ class Summary(NamedTuple):
     clip_low: float
     clip_cap: float
     clip_region: float
+    tokens_dropped: float  # by drop_nonfinite; `finish` stores 0
 
 
 def token_clipping_ratio(out: PolicyLoss | Iterable[PolicyLoss]) -> Tensor:
@@ -63,10 +64,11 @@ def response_utilization_ratio(advantages: Tensor) -> Tensor:
 def summarize(out: PolicyLoss) -> dict[str, float]:
     """The usual numbers of one loss as floats; waits for the GPU once.
 
-    tokens: that count; tokens_read: of these, the ones whose logits were read, fewer with
-    skip_zero_advantage. *_mean, ratio_min, ratio_max, approx_kl: over tokens that were read.
-    approx_kl: mean of (r - 1) - log r, an estimate of KL(old || new) (Schulman's k3). clip_*: share
-    of the tokens that count by the side that clipped them; token_clipping_ratio is their sum.
+    tokens: those that count; tokens_read: of these, the ones whose logits were read, fewer with
+    skip_zero_advantage; tokens_dropped: by drop_nonfinite. *_mean, ratio_min, ratio_max, approx_kl:
+    over tokens that were read. approx_kl: mean of (r - 1) - log r, an estimate of KL(old || new)
+    (Schulman's k3). clip_*: share of the tokens that count, by the side that clipped them;
+    token_clipping_ratio is their sum.
     """
     n = Summary(*out.summary.tolist())
     read, tokens = max(n.tokens_read, 1), max(n.tokens, 1)
@@ -75,6 +77,7 @@ def summarize(out: PolicyLoss) -> dict[str, float]:
         "loss": n.loss,
         "tokens": n.tokens,
         "tokens_read": n.tokens_read,
+        "tokens_dropped": n.tokens_dropped,
         "responses": float(len(out.response_loss)),
         "logprob_mean": n.logprob_sum / read,
         "ratio_mean": n.ratio_sum / read,

@@ -28,6 +28,7 @@ AGGREGATIONS = (
     "token-mean",
     "token-sum",
     "seq-mean-token-sum-norm",
+    "seq-mean-token-sum",
 )
 
 CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION = range(len(CLIPPED))

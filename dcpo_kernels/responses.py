@@ -27,8 +27,8 @@ def response_weights(
     """Weight of each token of a response, from the responses' token counts.
 
     counts: [R] integers >= 0. Returns [R] float32, 0 for a response without tokens; NaN where a
-        total is given that can't be one of a batch with these responses. Arguments as in
-        `token_weights`.
+        total is given that can't be one of a batch with these responses, or a count is negative.
+        Arguments as in `token_weights`.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation={aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
@@ -48,6 +48,8 @@ def response_weights(
         weight = torch.ones_like(n) / total(num_tokens, counts.sum())
     elif aggregation == "token-sum":
         weight = torch.ones_like(n)
+    elif aggregation == "seq-mean-token-sum":
+        weight = torch.ones_like(n) / total(num_responses, (counts > 0).sum())
     else:
         if max_length is None:
             raise ValueError(
@@ -57,19 +59,27 @@ def response_weights(
         longest = counts.max() if counts.numel() else counts.sum()
         responses = total(num_responses, (counts > 0).sum())
         weight = torch.ones_like(n) / (responses * total(max_length, longest))
-    return torch.where(n > 0, weight, 0.0)
+    return torch.where(n < 0, torch.nan, torch.where(n == 0, 0.0, weight))
 
 
 def check_totals(totals: Grouping, lengths: Tensor) -> None:
-    """ValueError for a total of the whole batch that is smaller than what is in this call. On a GPU
-    looking would mean waiting for it: there the weights are NaN."""
+    """ValueError for a total of the whole batch, or of a whole response, that is smaller than what
+    is in this call. On a GPU looking would mean waiting for it: there the weights are NaN."""
     given = {
         name: (getattr(totals, name), getattr(totals, f"{name}_on_device"))
         for name in ("num_responses", "num_tokens", "max_length")
     }
-    if lengths.device.type != "cpu" or all(pair == (None, None) for pair in given.values()):
+    nothing = totals.response_lengths is None and all(x == (None, None) for x in given.values())
+    if lengths.device.type != "cpu" or nothing:
         return
     counts = lengths.tolist()
+    for i, count in enumerate(counts):
+        if count < 0:
+            assert totals.response_lengths is not None
+            raise ValueError(
+                f"response_lengths[{i}] is {int(totals.response_lengths[i])}, fewer tokens than "
+                "this call alone has of the response"
+            )
     counted = {
         "num_responses": sum(n > 0 for n in counts),
         "num_tokens": sum(counts),
@@ -96,8 +106,8 @@ def token_weights(
     lengths_or_mask: [R] lengths of packed responses (some may be 0), or a [B, T] mask, nonzero
         where a token counts.
     aggregation: "only-token-mean" 1/n_i (OTM, DCPO eq. 8), "seq-mean-token-mean" 1/(R n_i),
-        "token-mean" 1/sum n, "token-sum" 1, "seq-mean-token-sum-norm" 1/(R max_length), n_i the
-        tokens of response i, R the responses with at least one token.
+        "token-mean" 1/sum n, "token-sum" 1, "seq-mean-token-sum" 1/R, "seq-mean-token-sum-norm"
+        1/(R max_length), n_i the tokens of response i, R the responses with at least one token.
     num_responses, num_tokens: R and sum n of the whole batch, so that the result does not depend on
         how it is split into micro-batches; by default those of this call. max_length: needed by
         "seq-mean-token-sum-norm". A total smaller than what is in this call gives NaN.

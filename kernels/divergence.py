@@ -1,5 +1,5 @@
 """Divergences over more than the sampled token (DPPO section 4): a top-K list, or a whole row of
-old logits. What the read of a row wants for them, and the gradient where they are a penalty."""
+old logits. Their part of the read, and their gradient where they are a penalty."""
 
 import triton
 import triton.language as tl
@@ -19,13 +19,7 @@ from dcpo_kernels.kernels.softmax import (
     terms_of,
     with_target,
 )
-from dcpo_kernels.kernels.tiles import (
-    LANE_AXIS,
-    last_tile,
-    load_masked,
-    store_masked,
-    sum_of_lane,
-)
+from dcpo_kernels.kernels.tiles import LANE_AXIS, last_tile, load_masked, store_masked, sum_of_lane
 
 MAX_K = tl.constexpr(objectives.MAX_K)
 
@@ -109,13 +103,13 @@ def store_listed(
 
 @triton.jit
 def accumulate_kl(old, x, row_max, lane_max, sum_exp, sum_exp_z, scale):
-    """`accumulate` of a tile of old logits, with log2 q - log2 p (less what is constant) in the
-    place of z."""
+    """`accumulate` of a tile of old logits, with log2 q - log2 p (up to a constant) in the place of
+    z."""
     lane_max, shift, z, e = exponentials(old, lane_max, scale)
     distance = z - (x.to(tl.float32) - row_max) * scale
     terms = sum_of_lane(tl.where(e == 0, 0.0, e * distance))  # 0 (-inf + inf) is NaN
     factor = tl.exp2(shift)
-    # Masked logits alone may add up to infinity. Beside the first other logit they are nothing.
+    # The sum over masked logits alone may be infinite; it is dropped at the first other logit.
     sum_exp_z = tl.where(shift > -127.0, factor * (sum_exp_z + sum_exp * shift), 0.0) + terms
     return lane_max, factor * sum_exp + sum_of_lane(e), sum_exp_z
 

@@ -1,5 +1,5 @@
-"""The operators around the vocabulary kernel in Triton, one launch each: some bytes per row and
-response, where the vocabulary kernel moves hundreds of thousands.
+"""The operators around the vocabulary kernel in Triton, one launch each. They move some bytes per
+row and response; the vocabulary kernel moves hundreds of thousands per row.
 
 token_weights is one program, since each weight waits for the counts of the whole call; so is the
 summary of finish. csrc/cuda/responses.cu has the model of what that costs. Sums have a fixed order.
@@ -9,21 +9,15 @@ import triton
 import triton.language as tl
 
 from dcpo_kernels import objective as objectives
-from dcpo_kernels.kernels.decide import (
-    CLIP_CAP,
-    CLIP_HIGH,
-    CLIP_LOW,
-    CLIP_REGION,
-)
-from dcpo_kernels.kernels.decide import (
-    decide as decide_tokens,
-)
+from dcpo_kernels.kernels.decide import CLIP_CAP, CLIP_HIGH, CLIP_LOW, CLIP_REGION
+from dcpo_kernels.kernels.decide import decide as decide_tokens
 from dcpo_kernels.kernels.tiles import kernel
 
 ONLY_TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("only-token-mean"))
 SEQ_MEAN_TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("seq-mean-token-mean"))
 TOKEN_MEAN = tl.constexpr(objectives.AGGREGATIONS.index("token-mean"))
 TOKEN_SUM = tl.constexpr(objectives.AGGREGATIONS.index("token-sum"))
+SEQ_MEAN_TOKEN_SUM = tl.constexpr(objectives.AGGREGATIONS.index("seq-mean-token-sum"))
 
 # ---- token_weights ------------------------------------------------------------------------------
 
@@ -73,7 +67,7 @@ def count_tokens(mask, rows, here):
 
 @triton.jit
 def live_rows(skip_zero, responses, rows, counted, BY_RESPONSE: tl.constexpr):
-    """Which of those that count skip_zero lets be read."""
+    """Those of the rows that count which skip_zero leaves to be read."""
     if skip_zero is not None:
         at = tl.broadcast_to(responses[:, None], rows.shape) if BY_RESPONSE else rows
         counted = tl.load(skip_zero + at, mask=counted, other=0.0) != 0
@@ -82,7 +76,7 @@ def live_rows(skip_zero, responses, rows, counted, BY_RESPONSE: tl.constexpr):
 
 @triton.jit
 def total(given, on_device, counted):
-    """Of the whole batch; NaN for one that can't be, as it is less than what is counted here."""
+    """Of the whole batch; NaN if it is not > 0 or smaller than what is counted in this call."""
     here = counted.to(tl.float32)
     whole = here
     if on_device is not None:
@@ -104,9 +98,12 @@ def token_weight(lengths, responses, tokens, max_length, AGGREGATION: tl.constex
         parts = n * 0 + tokens
     elif AGGREGATION == TOKEN_SUM:
         parts = n * 0 + 1
+    elif AGGREGATION == SEQ_MEAN_TOKEN_SUM:
+        parts = n * 0 + responses
     else:
         parts = n * 0 + responses * max_length
-    return tl.where(n > 0, tl.div_rn(n * 0 + 1, tl.where(n > 0, parts, 1.0)), 0.0)
+    weight = tl.where(n > 0, tl.div_rn(n * 0 + 1, tl.where(n > 0, parts, 1.0)), 0.0)
+    return tl.where(n < 0, float("nan"), weight)
 
 
 @triton.jit
@@ -128,6 +125,8 @@ def spread_rest(value, spread, rows, here, count):
 def token_weights(
     mask,
     lengths,
+    response_lengths,  # tokens of the whole response; None: all of them are here
+    given_weights,  # in the place of the aggregation's
     num_responses,
     num_tokens,
     max_length,
@@ -175,6 +174,9 @@ def token_weights(
             for start in range(0, longest, COLUMNS):
                 at = begin[:, None] + start + columns
                 n += tl.sum(count_tokens(mask, at, at < end[:, None]).to(tl.int64), 1)
+        if response_lengths is not None:  # -1 where they can't be
+            whole = tl.load(response_lengths + responses, mask=responses < count, other=0)
+            n = tl.where(whole >= n, whole, -1)
         tl.store(token_counts + responses, n, mask=responses < count)
         responses_here += tl.sum((n > 0).to(tl.int64), 0)
         tokens_here += tl.sum(n, 0)
@@ -205,7 +207,12 @@ def token_weights(
             tl.store(token_mask + at, counted.to(tl.uint8), mask=here)
             if not SKIP_WHOLE_RESPONSES:
                 counted = live_rows(skip_zero, responses, at, counted, SKIP_BY_RESPONSE)
-            tl.store(weights + at, tl.where(counted, weight[:, None], 0.0), mask=here)
+            value = tl.broadcast_to(weight[:, None], at.shape)
+            if given_weights is not None:
+                value = tl.load(given_weights + at, mask=counted, other=0.0)
+                if SKIP_WHOLE_RESPONSES:
+                    counted = counted & (any_live > 0)[:, None]
+            tl.store(weights + at, tl.where(counted, value, 0.0), mask=here)
             spread_value(value_0, spread_0, responses, at, here, count)
             spread_value(value_1, spread_1, responses, at, here, count)
             spread_value(value_2, spread_2, responses, at, here, count)
@@ -242,6 +249,8 @@ def decide(
     weights,
     ref_logprobs,
     importance_weights,
+    log_ratio,  # that the ratio is taken from; None: logp - old_logp
+    entropy_weights,
     offsets,
     lengths,
     token_loss,
@@ -272,7 +281,6 @@ def decide(
     program = tl.program_id(0).to(tl.int64)
     rows = rows.to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    log_ratio = None
     if BY_RESPONSE:
         # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t)). The last response takes the rows after
         # it; where there is none, one of no rows takes all.
@@ -289,7 +297,7 @@ def decide(
             old = new if old_logprobs is None else tl.load(old_logprobs + at, mask=live, other=0.0)
             sums += new - old
         mean = tl.sum(sums, 0) / tl.maximum(length, 1).to(tl.float32)
-        log_ratio = mean + tl.zeros([BLOCK], tl.float32)
+        of_response = mean + tl.zeros([BLOCK], tl.float32)
     else:
         begin = program * BLOCK
         last = tl.minimum(begin + BLOCK, rows)
@@ -301,13 +309,19 @@ def decide(
         live = weight != 0
         logprob = tl.load(logprobs + at, mask=live, other=0.0)
         old = logprob if old_logprobs is None else tl.load(old_logprobs + at, mask=live, other=0.0)
+        moved = None
+        if BY_RESPONSE:
+            moved = of_response
+        elif log_ratio is not None:
+            moved = tl.load(log_ratio + at, mask=live, other=0.0)
+        entropy_weight = load_or(entropy_weights, at, live, 1.0)
         loss, slope, entropy_slope, r, code, _ = decide_tokens(
             logprob,
             old,
             tl.load(advantages + at, mask=live, other=0.0),
             load_or(importance_weights, at, live, 1.0),
             load_or(ref_logprobs, at, live, 0.0),
-            load_or(entropy, at, live, 0.0),
+            entropy_weight * load_or(entropy, at, live, 0.0),
             0.0,  # a binary divergence follows from the token
             eps_low,
             eps_high,
@@ -323,14 +337,15 @@ def decide(
             WITH_KL,
             WITH_ENTROPY_TERM,
             WITH_PENALTY,
-            log_ratio,
+            moved,
         )
         tl.store(token_loss + at, tl.where(live, loss, 0.0), mask=here)
         tl.store(ratio + at, tl.where(live, r, 1.0), mask=here)
         tl.store(clipped + at, tl.where(live, code, 0).to(tl.int8), mask=here)
         tl.store(g + at, tl.where(live, slope * weight, 0.0), mask=here)
         if h is not None:
-            tl.store(h + at, tl.where(live, entropy_slope * weight, 0.0), mask=here)
+            entropy_slope *= weight * entropy_weight
+            tl.store(h + at, tl.where(live, entropy_slope, 0.0), mask=here)
 
 
 # ---- finish -------------------------------------------------------------------------------------
@@ -355,11 +370,10 @@ def summarize(
     ratio,
     clipped,
     weights,
-    lengths,
+    mask,
     loss,
     summary,
     rows,
-    count,
     BLOCK: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK)
@@ -374,6 +388,7 @@ def summarize(
         here = at < rows
         weight = tl.load(weights + at, mask=here, other=0.0)
         live = weight != 0
+        tokens += tl.load(mask + at, mask=here, other=0).to(tl.float32)
         r = tl.load(ratio + at, mask=live, other=1.0)
         code = tl.load(clipped + at, mask=live, other=0)
         losses += tl.where(live, weight * tl.load(token_loss + at, mask=live, other=0.0), 0.0)
@@ -389,9 +404,6 @@ def summarize(
         low += count_code(code, CLIP_LOW, live)
         cap += count_code(code, CLIP_CAP, live)
         region += count_code(code, CLIP_REGION, live)
-    for start in range(0, count, BLOCK):
-        at = start + columns
-        tokens += tl.load(lengths + at, mask=at < count, other=0).to(tl.float32)
     read = tl.sum(reads, 0)
     all_loss = tl.sum(losses, 0)
     tl.store(loss, all_loss)
@@ -408,6 +420,7 @@ def summarize(
     tl.store(summary + 10, tl.sum(low, 0))
     tl.store(summary + 11, tl.sum(cap, 0))
     tl.store(summary + 12, tl.sum(region, 0))
+    tl.store(summary + 13, 0.0)  # tokens dropped: who asked for it knows it
 
 
 @kernel
@@ -418,13 +431,13 @@ def finish(
     ratio,
     clipped,
     weights,
+    mask,
     offsets,
     lengths,
     loss,
     response_loss,
     summary,
     rows,
-    count,
     BLOCK: tl.constexpr,
 ):
     """The first program has the summary, each other one a response."""
@@ -438,11 +451,10 @@ def finish(
             ratio,
             clipped,
             weights,
-            lengths,
+            mask,
             loss,
             summary,
             rows,
-            count.to(tl.int64),
             BLOCK,
         )
     else:

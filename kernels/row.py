@@ -46,6 +46,8 @@ def fused(
     weights,
     ref_logprobs,
     importance_weights,
+    log_ratio,  # that the ratio is taken from; None: logp - old_logp
+    entropy_weights,  # of the entropy term, as multiples of the weight; None: 1
     token_loss,
     logprobs,
     entropies,
@@ -132,13 +134,14 @@ def fused(
                     divergence, drift, old_max, old_log_sum = full_tv(
                         x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
                     )
+            entropy_weight = 1.0 if entropy_weights is None else tl.load(entropy_weights + row)
             loss, g, h, r, code, divergence_coef = decide(
                 logprob,
                 old,
                 tl.load(advantages + row),
                 1.0 if importance_weights is None else tl.load(importance_weights + row),
                 0.0 if ref_logprobs is None else tl.load(ref_logprobs + row),
-                entropy,
+                entropy_weight * entropy,
                 divergence,
                 eps_low,
                 eps_high,
@@ -154,11 +157,12 @@ def fused(
                 WITH_KL,
                 WITH_ENTROPY_TERM,
                 WITH_PENALTY,
+                None if log_ratio is None else tl.load(log_ratio + row),
             )
 
             if gradient is not None:
                 g *= weight
-                h *= weight
+                h *= weight * entropy_weight
                 divergence_coef *= weight
                 total = 0.0
                 if TOPK and WITH_PENALTY:

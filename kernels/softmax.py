@@ -1,4 +1,4 @@
-"""Read and write: the softmax of a row, and the gradient of what was made of it.
+"""Read and write: the softmax of a row, and the gradient of its logits.
 
 z = (x - max x) log2(e) / T throughout. Each lane keeps its own running maximum and sums (online
 softmax, arXiv 1805.02867).
@@ -27,7 +27,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum before any logit: -in
 
 @triton.jit
 def log1p(x):
-    """log(1 + x). What the sum loses is lost in both factors, and the quotient has it back
+    """log(1 + x). log(s) / (s - 1) changes so slowly that its value at the rounded s = 1 + x serves
     (Kahan)."""
     sum = 1 + x
     rounded = sum - 1
@@ -49,7 +49,7 @@ def exponentials(x, lane_max, scale):
     """Of a tile: each lane's maximum with it, z of the one before, z and 2^z of the tile."""
     x = x.to(tl.float32)
     higher = tl.maximum(lane_max, max_of_lane(x))
-    # 2^-127 is as good as 0; clamped there, the -inf of a lane without a logit meets no 0.
+    # 2^-127 is as good as 0, and the clamp avoids 0 * -inf in a lane without a logit.
     shift = tl.maximum((lane_max - higher) * scale, -127.0)
     z = (x - across_lanes(higher)) * scale
     return higher, shift, z, tl.exp2(z)
@@ -69,16 +69,16 @@ def accumulate(x, lane_max, sum_exp, sum_exp_z, scale, WITH_ENTROPY: tl.constexp
 
 @triton.jit
 def finish_row(lane_max, sum_exp, sum_exp_z, scale):
-    """Over the lanes: the maximum, log sum 2^z, and the mean of z. The 1 of the row's maximum
-    leaves its lane before the lanes are added up: a float32 near 1 has no digits below 6e-8, and
-    what stands beside a peak is all that its log p is made of."""
+    """Over the lanes: the maximum, log sum 2^z, and the mean of z. The 1 of the row's maximum is
+    subtracted before the lanes are added up: a float32 near 1 has no digits below 6e-8, and beside
+    a dominant token log p, 1 - p and the entropy depend on just those digits."""
     row_max, peak = tl.max(lane_max, 0, return_indices=True)
     shift = tl.maximum((lane_max - row_max) * scale, -127.0)
     factor = tl.exp2(shift)
     one = tl.where(tl.arange(0, lane_max.shape[0]) == peak, 1.0, 0.0)
     rest = tl.sum(sum_exp * factor - one, 0)
-    # A lane that far below counts for nothing, and may hold anything: in full_kl an infinite sum,
-    # of masked logits alone.
+    # A lane that far below adds nothing, and its sum may be infinite: full_kl's over masked logits
+    # alone.
     sum_exp_z = tl.where(shift > -127.0, factor * (sum_exp_z + sum_exp * shift), 0.0)
     mean = tl.sum(sum_exp_z, 0) / (1 + rest)
     row_max = tl.where(rest == -1, float("-inf"), row_max)  # nothing but -inf
@@ -97,7 +97,7 @@ def read_row(
     AGAIN: tl.constexpr,  # the row is going to be read again, its tiles should stay in L2
 ):
     """max x, log sum e^((x - max x) / T), the entropy, and the kept tile. Maximum and log-sum stay
-    apart: added up, a row shifted by 1e4 would lose four digits."""
+    separate: their sum would lose four digits in a row shifted by 1e4."""
     POLICY: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     scale = LOG2E / temperature
     lane_max, sum_exp, sum_exp_z = no_sums(lane.shape[LANE_AXIS])
@@ -131,13 +131,13 @@ def probabilities(x, row_max, offset, scale):
 def gradient_of_tile(x, row_max, offset, scale, a, b, WITH_ENTROPY_TERM: tl.constexpr):
     log2_p = (x.to(tl.float32) - row_max) * scale - offset
     p = tl.exp2(log2_p)
-    # dx = p (b + a log2 p); clamped at -127, a p of 0 meets no -inf
+    # dx = p (b + a log2 p); the clamp avoids 0 * -inf
     return p * (b + a * tl.maximum(log2_p, -127.0)) if WITH_ENTROPY_TERM else p * b
 
 
 @triton.jit
 def with_target(entries, entry, column, lane, step, BLOCK: tl.constexpr):
-    """The target's own entry, in the tile that has its column. Others pay for no comparison."""
+    """Puts the target's own entry into the tile that has its column; others skip the comparison."""
     if (column >= 0) & (column < BLOCK):
         entries = tl.where(step == column - lane, entry, entries)
     return entries
@@ -147,8 +147,8 @@ def with_target(entries, entry, column, lane, step, BLOCK: tl.constexpr):
 def gradient_at(
     x, is_target, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM: tl.constexpr
 ):
-    """Of single logits, before it is rounded. 1 - p from expm1: nothing is left of it in float32
-    where p is near 1."""
+    """The gradient of single logits in float32. 1 - p comes from expm1: as a difference it has no
+    digits left where p is near 1."""
     logprob = (x - row_max) / temperature - log_sum
     p = tl.exp(logprob)
     gradient = g * tl.where(is_target, -expm1(logprob), -p)

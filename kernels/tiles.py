@@ -17,8 +17,8 @@ LANE_AXIS = tl.constexpr(0 if TorchVersion(triton.__version__) < (3, 7) else 1)
 
 
 def kernel(function):
-    """triton.jit that compiles for a constexpr or a dtype, and never for a value: not for a 1, not
-    for a multiple of 16. What the layout allows is said by the constexprs ALIGNED and
+    """triton.jit that specializes on constexprs and dtypes, never on a value: a 1 or a multiple of
+    16 compiles nothing new. What a layout allows is said by the constexprs ALIGNED and
     IS_MULTIPLE."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.annotation is not tl.constexpr]
@@ -102,7 +102,7 @@ def store_masked(dx, entries, start, lane, step, vocab):
 
 @triton.jit
 def temperature_of(temperatures, temperature, row):
-    """One per row was looked at on a CPU alone: what is no temperature makes its row NaN."""
+    """Temperatures per row are checked on a CPU only: one that is not > 0 makes its row NaN."""
     if temperatures is not None:
         temperature = tl.load(temperatures + row)
         temperature = tl.where(temperature > 0, temperature, float("nan"))

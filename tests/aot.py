@@ -3,21 +3,17 @@
 `python tests/aot.py sm_90 all` prints a JSON list, one entry a compiled kernel. Every entry went
 through the operator and the launcher, so it has the constants, block and warps that a GPU would
 get. `python tests/aot.py sm_90 count 80000 320000` prints how often each kernel was compiled for
-twenty batches with vocabularies from one to the other, `python tests/aot.py sm_90 overhead` the
-microseconds of a call that ends where the driver begins.
+twenty batches with vocabularies from one to the other.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +27,7 @@ from dcpo_kernels import ops
 from dcpo_kernels.backends import triton as backend
 from dcpo_kernels.kernels import row as kernels
 from dcpo_kernels.objective import DIVERGENCES, SURROGATES, Objective
-from dcpo_kernels.ops.records import Options, Results, RowCoefficients, Rows, Targets, Tokens
+from dcpo_kernels.ops.records import Options, RowCoefficients, Rows, Targets, Tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Every surrogate and every divergence: what "decide" and the row kernel are compiled for.
@@ -227,36 +223,8 @@ def count_compilations(least: int, most: int) -> dict[str, int]:
     }
 
 
-def overhead() -> dict[str, float]:
-    """Median microseconds of the operator, and of the launcher without it."""
-    rows = 64
-    logits = torch.empty(rows, SEVERAL_TILES, dtype=torch.bfloat16)
-    ids, row = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
-    rows, tokens = Rows(ids, None, None, None, None), Tokens(row, row, row, None, None)
-    records = (rows, tokens, dk.dcpo().numbers, Options(1.0, False))
-    results = Results(row, row, torch.empty(0), row, torch.empty(len(ids), dtype=torch.int8))
-    importlib.import_module("dcpo_kernels.ops.fused").check_ids = lambda *_: None  # as on a GPU
-    flat = [value for record in records for value in record]
-    calls = {
-        "operator": lambda: ops.fused_(logits, *flat, "triton"),
-        "launcher": lambda: backend.fused(logits, logits, *records, results),
-    }
-    medians = {}
-    for name, call in calls.items():
-        times = []
-        for _ in range(3000):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        medians[name] = round(1e6 * statistics.median(times), 1)
-    return medians
-
-
 if __name__ == "__main__":
     arch, which, *vocabs = sys.argv[1:]
-    if which == "overhead":
-        print(json.dumps(overhead()))
-        sys.exit()
     if which == "count":
         print(json.dumps(count_compilations(*map(int, vocabs))))
         sys.exit()

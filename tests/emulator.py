@@ -12,7 +12,9 @@ import importlib.util
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -87,17 +89,22 @@ def module() -> ModuleType:
     return loaded
 
 
-def install(patch: pytest.MonkeyPatch) -> ModuleType:
-    """For as long as `patch` lasts backend="cuda" takes CPU tensors and runs in the emulator."""
+@contextmanager
+def installed() -> Iterator[ModuleType]:
+    """For as long as it lasts backend="cuda" takes CPU tensors and runs in the emulator."""
     from dcpo_kernels import backends
     from dcpo_kernels.backends import cuda
 
     emulated = module()
     emulated.set()
-    patch.setattr(cuda, "C", emulated)
-    patch.setattr(cuda, "_where", lambda x: {"device": 0, "stream": 0})
     candidates = {**backends._CANDIDATES, "cpu": (*backends._CANDIDATES["cpu"], "cuda")}
-    patch.setattr(backends, "_CANDIDATES", candidates)
-    patch.setattr(cuda, "unavailable", lambda device: "")
-    backends.unavailable.cache_clear()
-    return emulated
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "C", emulated)
+            patch.setattr(cuda, "_where", lambda x: {"device": 0, "stream": 0})
+            patch.setattr(backends, "_CANDIDATES", candidates)
+            patch.setattr(cuda, "unavailable", lambda device: "")
+            backends.unavailable.cache_clear()
+            yield emulated
+    finally:
+        backends.unavailable.cache_clear()

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
+from backends import device_of
 from torch import Tensor
 
 import dcpo_kernels as dk
@@ -53,6 +55,10 @@ LAYOUTS = ("packed", "row-stride", "padded", "sliced", "time-major")
 PER_TOKEN = ("token_loss", "logprobs", "entropy", "ratio", "clipped")
 
 
+def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    return {key: x.to(device) if torch.is_tensor(x) else x for key, x in arguments.items()}
+
+
 @dataclass
 class Problem:
     """base holds the memory, view(base) are the logits, arguments is everything else that
@@ -76,21 +82,56 @@ class Problem:
     def run(
         self, upstream: Callable[[Tensor], Tensor] | None = None, **options: Any
     ) -> tuple[dk.PolicyLoss, Tensor]:
-        """The loss and the gradient of upstream(loss) in the logits, in memory of its own."""
+        """The loss and the gradient of upstream(loss) in the logits, in memory of its own. What
+        runs on a GPU comes back from it."""
         arguments = {**self.arguments, **options}
         dtype = arguments.pop("dtype", self.base.dtype)
-        if arguments.get("old_logits") is not None:
-            arguments["old_logits"] = arguments["old_logits"].to(dtype)
-        leaf = self.base.detach().to(dtype, copy=True).requires_grad_()
+        if dtype == torch.float64 and "old_logits" in arguments:
+            arguments["old_logits"] = arguments["old_logits"].double()
+        device = device_of(arguments.get("backend", "auto"))
+        arguments = moved(arguments, device)
+        leaf = self.base.detach().to(device, dtype, copy=True).requires_grad_()
         # in place wants logits that are no leaf, nor a view of one
         logits = self.view(leaf.clone() if arguments.get("inplace") else leaf)
         out = dk.policy_loss(logits, **arguments)
         loss = out.loss if upstream is None else upstream(out.loss)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        return out, self.view(gradient)
+        out = dk.PolicyLoss(*(x if x is None else x.cpu() for x in out))
+        return out, self.view(gradient.cpu())
+
+    def selected(
+        self, upstream: Callable[..., Tensor], backend: str, **options: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """logprobs, entropy and the gradient of upstream(logprobs, entropy), the same way."""
+        device, keys = device_of(backend), ("target_ids", "temperature", "mask")
+        given = {key: self.arguments[key] for key in keys if key in self.arguments}
+        given = moved({**given, **options}, device)
+        leaf = self.base.to(device, copy=True).requires_grad_()
+        logits = self.view(leaf.clone() if options.get("inplace") else leaf)
+        logprobs, entropy = dk.selected_logprobs(logits, **given, backend=backend)
+        (gradient,) = torch.autograd.grad(upstream(logprobs, entropy), leaf)
+        entropy = None if entropy is None else entropy.detach().cpu()
+        return logprobs.detach().cpu(), entropy, self.view(gradient.cpu())
 
     def oracle(self, **options: Any) -> tuple[dk.PolicyLoss, Tensor]:
         return self.run(dtype=torch.float64, backend="reference", inplace=False, **options)
+
+
+def spread(values: Tensor, mask: Tensor | None) -> Tensor:
+    """[N, ...] as [B, T, ...]: NaN, or the id -100, where no token counts."""
+    if mask is None:
+        return values
+    nothing = torch.nan if values.is_floating_point() else -100
+    out = torch.full((*mask.shape, *values.shape[1:]), nothing, dtype=values.dtype)
+    out[mask] = values
+    return out
+
+
+def per_token(x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """What is given per response, for each of its tokens."""
+    if arguments.get("mask") is None:
+        return x.repeat_interleave(arguments["lengths"])
+    return x[:, None].expand(arguments["mask"].shape)
 
 
 def lay_out(rows: Tensor, layout: str, mask: Tensor | None) -> tuple[Tensor, Callable]:
@@ -122,58 +163,68 @@ def problem(
     dtype: torch.dtype = torch.float32,
     vocab: int = 37,
     lengths: tuple[int, ...] = (6, 0, 1, 9, 8),
-    temperature: float = 1.0,
+    temperature: float | str = 1.0,
     advantages: str = "token",
     importance: str | None = None,
+    on_policy: bool = False,
+    old_dtype: torch.dtype | None = None,
     drift: float = 0.7,
     seed: int = 0,
 ) -> Problem:
-    """A policy some way off the one that sampled. Tokens that don't count hold NaN and the id
-    -100."""
+    """A policy some way off the one that sampled. Temperature, advantages and importance weights:
+    one per "token" or "response". Tokens that don't count hold NaN and the id -100. A new argument
+    of policy_loss has its place here, and a factor in test_losses.SETTINGS."""
     draw = torch.Generator().manual_seed(seed)
     normal = partial(torch.randn, generator=draw)
-    tokens, responses = sum(lengths), len(lengths)
+    tokens, responses, each = sum(lengths), len(lengths), torch.tensor(lengths, dtype=torch.int64)
     rows = (2 * normal(tokens, vocab)).to(dtype)
-    old_rows = (rows + drift * normal(tokens, vocab)).to(dtype)
-    old = torch.log_softmax(old_rows.double() / temperature, -1)
+    old_rows = (rows + drift * normal(tokens, vocab)).to(old_dtype or dtype)
+    token_values: dict[str, Any] = {}
+    response_values: dict[str, Any] = {}
+
+    def put(name: str, per: str, values: Callable[[int], Tensor]) -> None:
+        if per == "token":
+            token_values[name] = values(tokens)
+        else:
+            response_values[name] = values(responses)
+
+    options: dict[str, Any] = {"temperature": temperature}
+    row_temperature: Any = temperature
+    if isinstance(temperature, str):
+        apart = torch.Generator().manual_seed(seed + 1)
+        put("temperature", temperature, lambda n: 0.5 + torch.rand(n, generator=apart))
+        row_temperature = token_values.get("temperature")
+        if row_temperature is None:
+            row_temperature = response_values["temperature"].repeat_interleave(each)
+        row_temperature = row_temperature[:, None]
+        options = {}
+    old = torch.log_softmax(old_rows.double() / row_temperature, -1)
     ids = torch.multinomial(old.exp(), 1, generator=draw)[:, 0] if tokens else torch.empty(0).long()
-    token_values = {
-        "target_ids": ids,
-        "old_logprobs": old.gather(1, ids[:, None])[:, 0].float(),
-    }
+    old_logprobs = old.gather(1, ids[:, None])[:, 0].float()
+    token_values |= {"target_ids": ids, "old_logprobs": old_logprobs}
     if objective.kl_coef:
-        token_values["ref_logprobs"] = token_values["old_logprobs"] + 0.3 * normal(tokens)
+        token_values["ref_logprobs"] = old_logprobs + 0.3 * normal(tokens)
     if objective.needs_topk:
         top = old.topk(min(4, vocab))
         token_values |= {"topk_ids": top.indices, "topk_logprobs": top.values.float()}
     if objective.needs_old_logits:
         token_values["old_logits"] = old_rows
-    response_values = {}
-    for name, per in (("advantages", advantages), ("importance_weights", importance)):
-        values = normal(tokens if per == "token" else responses)
-        if name == "importance_weights":
-            values = values.exp()
-        if per is not None:
-            (token_values if per == "token" else response_values)[name] = values
+    put("advantages", advantages, normal)
+    if importance is not None:
+        put("importance_weights", importance, lambda n: normal(n).exp())
 
     mask = None
-    grouping: dict[str, Any] = {"lengths": torch.tensor(lengths, dtype=torch.int64)}
+    grouping: dict[str, Any] = {"lengths": each}
     if layout not in ("packed", "row-stride"):
         time = max(lengths, default=0) + 2
         order = torch.rand(responses, time, generator=draw).argsort(1)  # with holes in between
-        mask = order < torch.tensor(lengths)[:, None]
+        mask = order < each[:, None]
         grouping = {"mask": mask}
-        for name, values in token_values.items():
-            nothing = torch.nan if values.is_floating_point() else -100
-            spread = torch.full((*mask.shape, *values.shape[1:]), nothing, dtype=values.dtype)
-            spread[mask] = values
-            token_values[name] = spread
+    token_values = {name: spread(values, mask) for name, values in token_values.items()}
+    if on_policy:
+        token_values["old_logprobs"] = None
     base, view = lay_out(rows, layout, mask)
-    options = {
-        "objective": objective,
-        "temperature": temperature,
-        "max_length": max(lengths, default=0) or 1,
-    }
+    options |= {"objective": objective, "max_length": max(lengths, default=0) or 1}
     return Problem(base, view, {**token_values, **response_values, **grouping, **options})
 
 
@@ -183,30 +234,30 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
     arguments = p.arguments
     objective = arguments["objective"]
     mask = arguments.get("mask")
-    lengths = arguments["lengths"] if mask is None else mask.sum(1)
 
-    def per_token(x):
-        if x.shape == expected.logprobs.shape:
-            return x.nan_to_num()
-        return x.repeat_interleave(lengths) if mask is None else x[:, None].expand(mask.shape)
+    def value(name):
+        x = arguments[name]
+        if not torch.is_tensor(x):
+            return x
+        x = x if x.shape == expected.logprobs.shape else per_token(x, arguments)
+        return x.nan_to_num(1.0)
 
     weight = dk.token_weights(
-        lengths if mask is None else mask,
+        arguments["lengths"] if mask is None else mask,
         objective.aggregation,
         max_length=arguments["max_length"],
     )
-    g = per_token(arguments["advantages"]).abs() * expected.ratio
+    g = value("advantages").abs() * expected.ratio
     if "importance_weights" in arguments:
-        g = g * per_token(arguments["importance_weights"])
+        g = g * value("importance_weights")
     if objective.kl_coef:
-        d = per_token(arguments["ref_logprobs"]) - expected.logprobs
+        d = value("ref_logprobs") - expected.logprobs
         g = g + objective.kl_coef * (1 + d.clamp(-20, 20).exp())
     if objective.penalty_coef:
         not_p = -torch.expm1(expected.logprobs)  # a penalty pulls with up to 1 + p / (1 - p)
         g = g + objective.penalty_coef * (1 + 1 / not_p.clamp(min=1e-3))
     entropy = torch.zeros(()) if expected.entropy is None else expected.entropy
-    temperature = arguments["temperature"]
-    return weight * (g + abs(objective.entropy_coef) * (1 + entropy)) / temperature
+    return weight * (g + abs(objective.entropy_coef) * (1 + entropy)) / value("temperature")
 
 
 def assert_matches(
@@ -239,6 +290,14 @@ def assert_matches(
     assert (error <= slack).all(), f"gradient off by up to {float((error / slack).max())} slacks"
 
 
+def assert_same_bits(
+    found: tuple[dk.PolicyLoss, Tensor], expected: tuple[dk.PolicyLoss, Tensor]
+) -> None:
+    for one, two in zip((*found[0], found[1]), (*expected[0], expected[1]), strict=True):
+        assert (one is None) == (two is None)
+        assert one is None or torch.equal(one, two)
+
+
 def pairs(**factors: tuple) -> list[dict[str, Any]]:
     """Few settings in which every two values of every two factors meet (greedy)."""
     draw = random.Random(0)
@@ -260,3 +319,11 @@ def pairs(**factors: tuple) -> list[dict[str, Any]]:
         chosen = dict(case)
         cases.append({name: values[chosen[name]] for name, values in factors.items()})
     return cases
+
+
+def label(case: dict[str, Any]) -> str:
+    """The id of such a setting."""
+    return "-".join(str(value).removeprefix("torch.") for value in case.values())
+
+
+fused_and_sequence = pytest.mark.parametrize("name", ["dcpo", "gspo"])

@@ -8,14 +8,14 @@ import math
 import statistics
 import uuid
 
+import golden
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden
 
 import dcpo_kernels as dk
 
-CASES = load_golden("sas.json")["cases"]
+CASES = golden.load("sas.json")["cases"]
 INF, NAN = math.inf, math.nan
 
 

@@ -204,7 +204,7 @@ def bench_peer(monkeypatch, tmp_path):
 
     def run(change, *operators: str) -> list[records.Row]:
         def call(operator, data):
-            function = implementations.peers.plain.logprobs(data)
+            function = implementations.peers.plain.logprobs(data.target_ids)
             return peers.from_logprobs(operator, data, lambda logits: change(function(logits)))
 
         other = {"other": peers.Peer("other", "torch", ("cpu",), peers.lacks_nothing, call)}

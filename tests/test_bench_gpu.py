@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from bench_runs import CASE, OURS
 
-from dcpo_kernels.backends import launch
+from dcpo_kernels import backends
 from dcpo_kernels.bench import gpu_check, implementations, inputs, screen
 from dcpo_kernels.bench.operators import operators
 
@@ -163,11 +164,20 @@ def test_sanitize_names_the_tools_that_found_something(tmp_path):
 # ---- other ways to launch ------------------------------------------------------------------------
 
 
+def test_variants_name_arguments_that_there_are():
+    for backend, name, value in implementations.VARIANTS.values():
+        arguments = inspect.signature(backends.kernels(backend).fused).parameters
+        assert type(arguments[name].default) is type(value)
+
+
 def test_a_variant_is_launched_its_way_and_only_it(monkeypatch):
-    for _, how in implementations.VARIANTS.values():
-        assert launch.Launch(**how) != launch.current()
     seen = []
-    monkeypatch.setattr(implementations, "VARIANTS", {"other": ("reference", {"cluster": 7})})
+    kernels, launched = backends.kernels("reference"), []
+    fused = kernels.fused
+    monkeypatch.setattr(
+        kernels, "fused", lambda *records, way=0: (launched.append(way), fused(*records))
+    )
+    monkeypatch.setattr(implementations, "VARIANTS", {"other": ("reference", "way", 7)})
     right = operators()["fused"]
     data = inputs.make(CASE)
 
@@ -180,16 +190,18 @@ def test_a_variant_is_launched_its_way_and_only_it(monkeypatch):
             function = right.ours(data, name, False)
 
             def run(logits: torch.Tensor) -> torch.Tensor:
-                seen.append((launch.current().cluster, inplace))
+                seen.append(inplace)
                 return function(logits)
 
             return run
 
     found = implementations.implementations(Watched, data, ["other"], [])
     assert [row.name for row in found] == ["other, in place", "copy"]
-    assert seen == []
+    assert launched == []
     implementations.Call(right, data, found[0].make().function)()
-    assert seen == [(7, True)] and launch.current() == launch.Launch()
+    assert (launched, seen) == ([7], [True])
+    implementations.Call(right, data, right.ours(data, "reference", False))()
+    assert launched == [7, 0]
 
 
 # ---- a machine that lacks what only looks good ---------------------------------------------------

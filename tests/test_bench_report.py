@@ -194,11 +194,13 @@ def test_torch_compile_is_checked_counted_and_timed(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path, measured) -> Path:
-    """A README with a number typed by hand, and a result."""
+    """Texts with a number typed by hand, and a result."""
     (tmp_path / "pyproject.toml").touch()
-    (tmp_path / "README.md").write_text(
-        f"# before\n\n{readme.BEGIN}\nmade up: 99 times faster\n{readme.END}\n\nafter\n"
-    )
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/performance.md"):
+        (tmp_path / name).write_text(
+            f"# before\n\n{readme.BEGIN}\nmade up: 99 times faster\n{readme.END}\n\nafter\n"
+        )
     tokens, vocab = SHAPES["cpu"][0]
     rows = [  # as if it had been measured at the README's shape
         replace(row, tokens=tokens, vocab=vocab) if row.case.shape == (24, 1003) else row
@@ -223,6 +225,8 @@ def test_readme_is_made_from_results(checkout, measured, monkeypatch):
     for row in timed:
         assert table.duration(row.seconds.median) in text
     performance = (checkout / "docs" / "performance.md").read_text()
+    assert performance.startswith("# before\n\n") and performance.endswith("\n\nafter\n")
+    assert "made up" not in performance
     for row in measured.rows:
         if row.status == "missing":
             assert row.note in performance

@@ -1,121 +1,57 @@
-"""The CUDA kernels on a CPU (emulator/): every line of them, in several orders of execution, under
-sanitizers. What only a GPU can say is in test_gpu.py and bench/gpu_check.py."""
+"""What is the CUDA kernels' alone, on a CPU (emulator/): both kernels of `fused`, every cluster
+size and stage count, several orders of execution, sanitizers. What they compute is in the tests of
+every backend; what only a GPU can say in test_gpu.py."""
 
 from __future__ import annotations
 
-import importlib
 import subprocess
-from contextlib import ExitStack
+from functools import partial
 
 import emulator
+import golden
 import pytest
-import test_golden
-import test_hard_inputs
 import torch
-from problems import DTYPES, LAYOUTS, OBJECTIVES, assert_matches, pairs, problem
+from numerics import INF, NAN, run
+from problems import DTYPES, assert_matches, problem
 
 import dcpo_kernels as dk
-from dcpo_kernels import backends
 from dcpo_kernels.backends import _compiled, cuda
-from dcpo_kernels.backends.launch import launched
 
-NAN, INF = float("nan"), float("inf")
 SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
 STREAMING = 0
 
 
 @pytest.fixture(autouse=True)
-def emu(monkeypatch):
-    yield emulator.install(monkeypatch)
-    monkeypatch.undo()
-    backends.unavailable.cache_clear()
+def emu():
+    with emulator.installed() as module:
+        yield module
 
 
 @pytest.fixture
-def hold():
+def hold(monkeypatch):
     """hold(blocks): from then on so many blocks hold a row of `fused`."""
-    with ExitStack() as stack:
-        yield lambda blocks: stack.enter_context(launched(cluster=blocks))
-
-
-# ---- both kernels, on what the others run on ----------------------------------------------------
-
-
-@test_golden.token_groups
-def test_golden_tokens(cases):
-    test_golden.test_tokens_through_the_kernels(cases, "cuda")
-
-
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@test_golden.batches
-def test_golden_batches(entry, dtype, layout):
-    test_golden.test_batch_on_kernels(entry, dtype, layout, "cuda")
-
-
-@pytest.fixture
-def spread(monkeypatch):
-    """Golden rows among so many -inf that every block of a cluster has some: the results are the
-    same."""
-    original = test_golden.batch
-
-    def wide(entry):
-        objective, a = original(entry)
-        vocab, wanted = entry["vocab"], 3000
-        draw = torch.Generator().manual_seed(entry["vocab"])
-        at = torch.randperm(wanted, generator=draw)[:vocab].sort().values
-        for key, fill in (("logits", -INF), ("dlogits", 0.0)):
-            x = torch.full((entry["tokens"], wanted), fill, dtype=a[key].dtype)
-            x[:, at] = a[key]
-            a[key] = x
-        a["target_ids"] = at[a["target_ids"]]
-        return objective, a
-
-    monkeypatch.setattr(test_golden, "batch", wide)
+    fused = cuda.fused
+    return lambda blocks: monkeypatch.setattr(cuda, "fused", partial(fused, cluster=blocks))
 
 
 @pytest.mark.parametrize("dtype, blocks", list(zip(DTYPES, (1, 2, 4), strict=True)))
 @pytest.mark.parametrize(
-    "entry",
-    [e for e in test_golden.BATCHES if "topk_ids" not in e and e["preset"] not in ("dppo", "gspo")],
-    ids=lambda e: e["file"].removesuffix(".npz"),
+    "name",
+    [name for name, e in golden.BATCHES.items() if e["preset"] not in ("dppo", "gspo")],
 )
-def test_golden_batches_in_a_cluster(entry, dtype, blocks, spread, emu, hold):
+def test_golden_batches_in_a_cluster(name, dtype, blocks, emu, hold):
+    """Golden rows among so many -inf that each block has some: the results are the same."""
+    entry = golden.BATCHES[name]
+    a = golden.arrays(entry)
+    draw = torch.Generator().manual_seed(entry["vocab"])
+    at = torch.randperm(3000, generator=draw)[: entry["vocab"]].sort().values
+    for key, fill in (("logits", -INF), ("dlogits", 0.0)):
+        narrow, a[key] = a[key], torch.full((entry["tokens"], 3000), fill, dtype=a[key].dtype)
+        a[key][:, at] = narrow
+    a["target_ids"] = at[a["target_ids"]]
     hold(blocks)
     emu.set(seed=entry["tokens"] + blocks)
-    test_golden.test_batch_on_kernels(entry, dtype, "packed", "cuda")
-
-
-SETTINGS = pairs(
-    objective=tuple(OBJECTIVES),
-    layout=LAYOUTS,
-    dtype=DTYPES,
-    vocab=(37, 2056),
-    temperature=(1.0, 0.7),
-    kl_coef=(0.0, 0.05),
-    entropy_coef=(0.0, 0.01),
-    importance=(None, "token"),
-    inplace=(False, True),
-)
-
-
-@pytest.mark.parametrize("case", SETTINGS, ids=lambda c: "-".join(map(str, c.values())))
-def test_values_and_gradient(case):
-    coefficients = {key: case[key] for key in ("kl_coef", "entropy_coef")}
-    objective = OBJECTIVES[case["objective"]](**coefficients)
-    keys = ("layout", "dtype", "vocab", "temperature", "importance")
-    p = problem(objective, **{key: case[key] for key in keys})
-    found = p.run(backend="cuda", inplace=case["inplace"], with_entropy=True)
-    assert_matches(p, found, p.oracle(with_entropy=True))
-
-
-@pytest.mark.parametrize("name, dtype", [("dcpo", torch.float32), ("gspo", torch.bfloat16)])
-@pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_upstream_gradient_scales(name, dtype, inplace, layout):
-    p = problem(OBJECTIVES[name](), layout=layout, dtype=dtype, vocab=43)
-    found = p.run(upstream=lambda loss: 3 * loss, backend="cuda", inplace=inplace)
-    assert_matches(p, found, p.oracle(), scale=3)
+    golden.check(entry, a, dtype, "packed", "cuda")
 
 
 # ---- shapes: both kernels, every cluster size and stage count -----------------------------------
@@ -166,8 +102,8 @@ def test_real_vocabulary_by_the_table(dtype, vocab):
 def test_a_row_larger_than_a_cluster_holds(emu):
     emu.set(shared_bytes=16768)
     assert cuda.plan(32768, 4, 0) == "holds a row in 8 blocks"
-    assert cuda.plan(32772, 4, 0) == "streams rows that no cluster holds"
-    assert cuda.plan(32767, 2, 0) == "streams rows that don't begin on 16 bytes"
+    assert cuda.plan(32772, 4, 0) == "streams rows"
+    assert cuda.plan(32767, 2, 0) == "streams rows that can't all begin on 16 bytes"
     check(32772, torch.float32, rows=2)
 
 
@@ -209,7 +145,7 @@ def test_same_bits_wherever_a_row_begins(vocab, dtype, hold):
     results = []
     for by in range(16 // SIZE[dtype]):
         logits = shifted_by(rows, by)
-        out, gradient = test_hard_inputs.run(
+        out, gradient = run(
             logits, ids, objective=dk.dcpo(entropy_coef=0.1), with_entropy=True, backend="cuda"
         )
         found = dk.selected_logprobs(logits, ids, with_entropy=True, backend="cuda")
@@ -222,7 +158,7 @@ def test_same_bits_wherever_a_row_begins(vocab, dtype, hold):
 def test_same_bits_wherever_a_row_of_a_cluster_begins(blocks, hold):
     hold(blocks)
     rows, ids = torch.randn(3, 16640).bfloat16(), torch.tensor([1, 2, 3])
-    found = [test_hard_inputs.run(shifted_by(rows, by), ids, backend="cuda") for by in (0, 8, 16)]
+    found = [run(shifted_by(rows, by), ids, backend="cuda") for by in (0, 8, 16)]
     for out, gradient in found[1:]:
         assert torch.equal(out.logprobs, found[0][0].logprobs)
         assert torch.equal(gradient, found[0][1])
@@ -276,44 +212,15 @@ def test_advantage_zero_is_skipped(blocks, hold):
     assert out.loss.isfinite()
 
 
-def no_check(monkeypatch, operator):
-    """Ids reach the kernels unchecked, as on a GPU."""
-    module = importlib.import_module(f"dcpo_kernels.ops.{operator}")
-    monkeypatch.setattr(module, "check_ids", lambda *_: None)
-
-
 @kernels
-def test_an_id_out_of_range_makes_its_row_nan(blocks, hold, monkeypatch):
+def test_an_id_out_of_range_makes_its_row_nan(blocks, unchecked_ids, hold):
     hold(blocks)
-    no_check(monkeypatch, "fused")
     logits, ids, old, advantages = batch()
     ids[1], ids[3], ids[4] = 2 * VOCAB, -100, 1 << 40
     bad = torch.tensor([False, True, False, True, True, False])
     leaf = logits.clone().requires_grad_()
     out = dk.policy_loss(leaf, ids, old, advantages, lengths=[6], backend="cuda")
     (gradient,) = torch.autograd.grad(out.loss, leaf)
-    assert torch.equal(out.token_loss.isnan(), bad)
-    assert torch.equal(gradient.isnan().all(-1), bad) and gradient[~bad].isfinite().all()
-
-
-def test_an_id_out_of_range_in_selected_logprobs(monkeypatch):
-    no_check(monkeypatch, "row_stats")
-    logits, ids, _, _ = batch(vocab=333)
-    ids[2] = 333
-    leaf = logits.clone().requires_grad_()
-    logprobs, _ = dk.selected_logprobs(leaf, ids, backend="cuda")
-    logprobs.sum().backward()
-    bad = torch.arange(6) == 2
-    assert torch.equal(logprobs.isnan(), bad)
-    assert torch.equal(leaf.grad.isnan().all(-1), bad) and leaf.grad[~bad].isfinite().all()
-
-
-def test_a_listed_id_out_of_range_makes_its_row_nan(monkeypatch):
-    no_check(monkeypatch, "fused")
-    p = problem(OBJECTIVES["dppo-topk_tv"](), vocab=37)
-    p.arguments["topk_ids"][3, 1] = 37
-    out, gradient = p.run(backend="cuda")
-    bad = torch.arange(24) == 3
     assert torch.equal(out.token_loss.isnan(), bad)
     assert torch.equal(gradient.isnan().all(-1), bad) and gradient[~bad].isfinite().all()
 
@@ -331,27 +238,6 @@ def test_a_broken_logit_breaks_its_row(poison, blocks, hold):
     bad = torch.arange(6) == 2
     assert torch.equal(out.token_loss.isnan(), bad)
     assert torch.equal(gradient.isnan().all(-1), bad) and gradient[~bad].isfinite().all()
-
-
-# ---- inputs that hurt ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", ["both", "old", "new"])
-@pytest.mark.parametrize("low", test_hard_inputs.LOWS, ids=str)
-@pytest.mark.parametrize("name", ["kl", "tv"])
-def test_masked_logits_in_a_full_divergence(name, low, where):
-    test_hard_inputs.test_masked_logits_in_a_full_divergence(name, low, where, "cuda")
-
-
-@pytest.mark.parametrize("vocab", [1003, 8192, 151_936])
-def test_what_stands_beside_a_peak(vocab):
-    test_hard_inputs.test_what_stands_beside_a_peak(vocab, "cuda")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("poison", [NAN, INF], ids=["nan", "inf"])
-def test_a_poisoned_logit_stays_in_its_row(poison, dtype):
-    test_hard_inputs.test_a_poisoned_logit_stays_in_its_row(poison, dtype, "cuda")
 
 
 @kernels
@@ -373,35 +259,6 @@ def test_what_stands_beside_a_peak_in_the_gradient(blocks, hold):
     p = 1 / (1 + rest)
     off = (gradient.gather(1, ids[:, None])[:, 0].double() / (p * rest * p) - 1).abs()
     assert (off < 0.01).all(), f"1 - p: {off.tolist()}"
-
-
-# ---- row_stats and row_gradient -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("with_entropy", [False, True], ids=["logprobs", "entropy"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [5, 1003, 4096, 40001])
-def test_selected_logprobs(vocab, dtype, with_entropy):
-    logits, ids, _, _ = batch(vocab=vocab, dtype=dtype)
-    mask = torch.tensor([1, 1, 0, 1, 0, 1])
-    results = []
-    for backend, x in (("reference", logits.double()), ("cuda", logits)):
-        leaf = x.clone().requires_grad_()
-        logprobs, entropy = dk.selected_logprobs(
-            leaf, ids, mask=mask, temperature=0.8, with_entropy=with_entropy, backend=backend
-        )
-        loss = (logprobs * torch.arange(6)).sum()
-        if with_entropy:
-            loss = loss + 0.3 * entropy.sum()
-        loss.backward()
-        results.append((logprobs, entropy, leaf.grad))
-    (want, want_entropy, want_gradient), (found, entropy, gradient) = results
-    torch.testing.assert_close(found.double(), want, rtol=2e-6, atol=3e-6)
-    if with_entropy:
-        torch.testing.assert_close(entropy.double(), want_entropy, rtol=2e-6, atol=4e-6)
-    rounding = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
-    slack = rounding * want_gradient.abs() + 1e-5 * 8 + (2**-24 if SIZE[dtype] == 2 else 0)
-    assert ((gradient.double() - want_gradient).abs() <= slack).all()
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -442,6 +299,7 @@ def test_table(major, shared, row_bytes, cluster, threads, held, emu):
 )
 def test_without_a_driver():
     assert _compiled.C.cuda_devices() == []
+    assert _compiled.C.cuda_versions()["runtime"] >= 11000
     assert "driver" in _compiled.C.cuda_why_not(0)
     with pytest.raises(RuntimeError, match=r"cudaGetDevice: .*driver"):
         _compiled.C.cuda_multiply(

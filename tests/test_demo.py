@@ -69,7 +69,7 @@ def test_the_command(tmp_path):
         "RUR",
         "TCR",
         "entropy",
-        "response tokens a second",
+        "response tokens per second",
         "share of the step in the loss, our op",
         "share of the step in the loss, plain PyTorch",
         "Steps made: 3 grpo, 3 dcpo",

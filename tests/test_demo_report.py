@@ -58,7 +58,10 @@ def test_the_plain_loss_is_the_same_loss(method, temperature):
     }
     results = []
     start = torch.randn(8, 50)
-    for loss in (timing.plain_loss, lambda *a, **k: policy_loss(*a, **k).loss):
+    for loss in (
+        lambda logits, *a, **k: timing.plain.policy_loss(*a, **k)(logits),
+        lambda *a, **k: policy_loss(*a, **k).loss,
+    ):
         logits = start.clone().requires_grad_()
         value = loss(logits, *data, **parts)
         results.append((value.detach(), *torch.autograd.grad(value, logits)))

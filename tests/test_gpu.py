@@ -1,69 +1,31 @@
-"""On a GPU: both backends against float64, CUDA graphs, streams, errors that must not happen."""
+"""What a GPU alone can say: real vocabularies, cluster sizes, CUDA graphs, streams, errors that
+must not happen. What any device can is in the tests of every backend, where it runs too."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
-import test_golden
-import test_ops
 import torch
-from problems import DTYPES, LAYOUTS, OBJECTIVES, Problem, assert_matches, problem
+from backends import GPU, use
+from problems import DTYPES, OBJECTIVES, Problem, assert_matches, moved, problem
 
 import dcpo_kernels as dk
-from dcpo_kernels import backends, ops
+from dcpo_kernels import ops
 from dcpo_kernels.backends import cuda
-from dcpo_kernels.backends.launch import launched
 from dcpo_kernels.ops.records import Options, Rows, Tokens
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=["cuda", "triton"])
+@pytest.fixture(params=GPU)
 def backend(request):
-    reason = backends.unavailable(request.param, "cuda")
-    if reason:
-        pytest.skip(reason)
-    return request.param
-
-
-def on_gpu(p: Problem) -> Problem:
-    arguments = {
-        key: value.cuda() if isinstance(value, torch.Tensor) else value
-        for key, value in p.arguments.items()
-    }
-    return Problem(p.base.cuda(), p.view, arguments)
+    with use(request.param) as name:
+        yield name
 
 
 def check(p: Problem, backend: str, **options) -> None:
-    out, gradient = on_gpu(p).run(backend=backend, **options)
-    on_cpu = (x if x is None else x.cpu() for x in out)
-    assert_matches(p, (dk.PolicyLoss(*on_cpu), gradient.cpu()), p.oracle())
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_and_layouts(name, layout, dtype, backend):
-    p = problem(OBJECTIVES[name](), layout=layout, dtype=dtype, vocab=1003, temperature=0.8)
-    check(p, backend)
-    if layout != "row-stride":
-        check(p, backend, inplace=True)
-
-
-@test_golden.token_groups
-def test_golden_tokens(cases, backend):
-    with torch.device("cuda"):
-        test_golden.test_tokens_through_the_kernels(cases, backend)
-
-
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@test_golden.batches
-def test_golden_batches(entry, dtype, layout, backend):
-    with torch.device("cuda"):
-        test_golden.test_batch_on_kernels(entry, dtype, layout, backend)
+    assert_matches(p, p.run(backend=backend, **options), p.oracle())
 
 
 # Real vocabularies, odd ones, and rows for each way to run: streaming, clusters of 1, 2, 4, 8.
@@ -76,11 +38,10 @@ def test_vocabularies(vocab, dtype, inplace, backend):
 
 
 @pytest.fixture
-def blocks(request):
+def blocks(request, monkeypatch):
     """How many blocks of the CUDA backend hold a row."""
-    if reason := backends.unavailable("cuda", "cuda"):
-        pytest.skip(reason)
-    with launched(cluster=request.param):
+    with use("cuda"):
+        monkeypatch.setattr(cuda, "fused", partial(cuda.fused, cluster=request.param))
         yield
 
 
@@ -106,8 +67,8 @@ def test_odd_rows(vocab, blocks, dtype, name):
     check(p, "cuda")
     if name == "dcpo":
         check(p, "cuda", inplace=True)
-        _, gradient = on_gpu(p).run(backend="cuda")
-        _, doubled = on_gpu(p).run(backend="cuda", upstream=lambda loss: 2 * loss)
+        _, gradient = p.run(backend="cuda")
+        _, doubled = p.run(backend="cuda", upstream=lambda loss: 2 * loss)
         torch.testing.assert_close(doubled, 2 * gradient)
 
 
@@ -172,7 +133,8 @@ def test_no_sync(backend):
 @pytest.mark.parametrize("name", ["dcpo", "gspo", "dppo-topk_tv", "dppo-kl"])
 def test_no_sync_in_a_training_step(name, grouping, backend):
     layout = "padded" if grouping == "mask" else "packed"
-    p = on_gpu(problem(OBJECTIVES[name](), layout=layout, vocab=1003))
+    p = problem(OBJECTIVES[name](), layout=layout, vocab=1003)
+    p = Problem(p.base.cuda(), p.view, moved(p.arguments, "cuda"))
     if grouping == "lengths on the CPU":
         p.arguments["lengths"] = p.arguments["lengths"].tolist()
     p.run(backend=backend)
@@ -184,46 +146,22 @@ def test_no_sync_in_a_training_step(name, grouping, backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("layout", test_ops.LAYOUTS)
-@pytest.mark.parametrize("op", ops.__all__)
-def test_opcheck(op, layout, backend):
-    def moved(x):
-        if isinstance(x, list):
-            return each(moved, x)
-        if not isinstance(x, torch.Tensor):
-            return x
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
-
-    *arguments, _ = test_ops.arguments_of(op, layout, torch.bfloat16, "reference")
-    torch.library.opcheck(getattr(ops, op), (*map(moved, arguments), backend))
-
-
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])
 def test_compiled_into_cuda_graphs(name, backend):
-    p = on_gpu(problem(OBJECTIVES[name](), dtype=torch.bfloat16, vocab=1003))
+    p = problem(OBJECTIVES[name](), dtype=torch.bfloat16, vocab=1003)
+    base, arguments = p.base.cuda(), moved(p.arguments, "cuda")
 
     def loss(base):
-        return dk.policy_loss(p.view(base), **p.arguments, backend=backend).loss
+        return dk.policy_loss(p.view(base), **arguments, backend=backend).loss
 
     compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
     for scale in (1.0, 0.5, -0.9, 1.2):
-        leaves = [(scale * p.base).requires_grad_() for _ in range(2)]
+        leaves = [(scale * base).requires_grad_() for _ in range(2)]
         losses = [f(leaf) for f, leaf in zip((loss, compiled), leaves, strict=True)]
         for value in losses:
             value.backward()
         torch.testing.assert_close(losses[1], losses[0])
         torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
-
-
-@pytest.mark.parametrize("vocab", [1003, 32000])
-def test_an_id_out_of_range_makes_its_row_nan(vocab, backend):
-    logits, (ids, *rest) = rows(64, vocab)
-    ids[[3, 9]] = torch.tensor([vocab, -1], device="cuda")
-    token_loss, *_, gradient = ops.fused(logits, ids, *rest, True, backend)
-    bad = torch.zeros(64, dtype=torch.bool, device="cuda")
-    bad[[3, 9]] = True
-    assert torch.equal(token_loss.isnan(), bad)
-    assert torch.equal(gradient.isnan().all(-1), bad) and gradient[~bad].isfinite().all()
 
 
 def test_more_than_2_to_the_31_logits(backend):
@@ -241,12 +179,11 @@ def test_more_than_2_to_the_31_logits(backend):
 
 
 def test_a_cuda_error_is_an_exception():
-    if reason := backends.unavailable("cuda", "cuda"):
-        pytest.skip(reason)
-    x = torch.ones(4, device="cuda")
-    with pytest.raises(RuntimeError, match="invalid device ordinal"):
-        cuda.C.cuda_multiply(
-            rows=1, vocab=4, dtype=2, x=(x.data_ptr(), 1, 0, 0), factor=x.data_ptr(),
-            device=1000, stream=0,
-        )  # fmt: skip
-    assert (x * 2 == 2).all()  # and the context is as it was
+    with use("cuda"):
+        x = torch.ones(4, device="cuda")
+        with pytest.raises(RuntimeError, match="invalid device ordinal"):
+            cuda.C.cuda_multiply(
+                rows=1, vocab=4, dtype=2, x=(x.data_ptr(), 1, 0, 0), factor=x.data_ptr(),
+                device=1000, stream=0,
+            )  # fmt: skip
+        assert (x * 2 == 2).all()  # and the context is as it was

@@ -1,5 +1,5 @@
-"""Inputs that hurt: peaked rows at every width, -inf, NaN, rows far from 0, the ends of a format,
-old probabilities of 0, very many rows, very long rows, offsets past 2^31."""
+"""Inputs that hurt: -inf, NaN, ids that don't exist, rows far from 0, the ends of a format, old
+probabilities of 0."""
 
 from __future__ import annotations
 
@@ -7,119 +7,16 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRETED, KERNELS, on_backends, on_kernels
+from backends import CPU, GPU, ON_CPU, SLOW, on_backends
+from numerics import INF, NAN, assert_selected, exact, run
 from problems import DTYPES, OBJECTIVES, ROUNDING, assert_matches, problem
 
 import dcpo_kernels as dk
 from dcpo_kernels import ops
 from dcpo_kernels.ops.records import Options, Results, Rows, Tokens
 
-INF, NAN = float("inf"), float("nan")
-everywhere = on_backends("reference", *KERNELS, *INTERPRETED)
-by_kernels = on_kernels(*KERNELS, *INTERPRETED)
+everywhere = on_backends(*ON_CPU)
 on_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-# One and two vectors of each width, blocks of four, the chunk of 2048, and what lies beside them.
-VOCABS = [*range(1, 71), *range(126, 131), *range(2047, 2054), 4095, 4096, 4097, 4099]
-
-
-def run(logits, ids, old=None, A=None, **options):
-    """policy_loss of single-token responses and the gradient, one logit row each."""
-    rows = len(logits)
-    leaf = logits.detach().requires_grad_()
-    old = torch.full((rows,), -1.0) if old is None else torch.as_tensor(old)
-    A = torch.ones(rows) if A is None else torch.as_tensor(A)
-    options = {"objective": dk.grpo(), "lengths": [1] * rows, **options}
-    out = dk.policy_loss(leaf, torch.as_tensor(ids), old, A, **options)
-    return out, torch.autograd.grad(out.loss, leaf)[0]
-
-
-def exact(logits, ids, temperature=1.0):
-    """logprobs, entropy [N] and log p [N, V] in float64."""
-    log_p = torch.log_softmax(logits.double() / temperature, -1)
-    p = log_p.exp()
-    entropy = -torch.where(p > 0, p * log_p.nan_to_num(neginf=0.0), 0.0).sum(-1)
-    return log_p.gather(1, torch.as_tensor(ids)[:, None])[:, 0], entropy, log_p
-
-
-def assert_selected(logits, ids, backend, temperature=1.0, note=None):
-    """logprobs, entropy and the gradient of 2 logp - 3 H against float64."""
-    ids = torch.as_tensor(ids)
-    leaf = logits.clone().requires_grad_()
-    options = {"temperature": temperature, "with_entropy": True, "backend": backend}
-    logprobs, entropy = dk.selected_logprobs(leaf, ids, **options)
-    (gradient,) = torch.autograd.grad((2 * logprobs - 3 * entropy).sum(), leaf)
-    want, want_entropy, log_p = exact(logits, ids, temperature)
-    close = {"rtol": 2e-6, "atol": 4e-6, "msg": lambda text: f"{note}: {text}"}
-    torch.testing.assert_close(logprobs.double(), want, **close)
-    torch.testing.assert_close(entropy.double(), want_entropy, **close)
-    p = log_p.exp()
-    onehot = torch.nn.functional.one_hot(ids, logits.shape[1])
-    pull = p * (log_p.nan_to_num(neginf=0.0) + want_entropy[:, None])
-    expected = (2 * (onehot - p) + 3 * pull) / temperature
-    slack = ROUNDING[logits.dtype] * expected.abs() + 2e-5 * (1 + want_entropy[:, None])
-    assert ((gradient.double() - expected).abs() <= slack).all(), note
-    assert (gradient[logits == -INF].double() - expected[logits == -INF] == 0).all(), note
-
-
-# ---- widths -------------------------------------------------------------------------------------
-
-
-@by_kernels
-@on_dtypes
-def test_every_width(dtype, use_backend):
-    """A tail that adds exp(0) to the sum shows in a row whose logits all lie far below 0."""
-    for vocab in VOCABS:
-        rows = torch.randn(5, vocab)
-        rows[0] -= 60.0
-        rows[1] = -60.0
-        rows[2, -1] = 50.0  # the peak in the tail
-        rows[3, 0] = 50.0
-        rows[4, vocab // 2] = 3.0
-        ids = [vocab - 1, 0, vocab - 1, vocab // 3, vocab // 2]
-        assert_selected(rows.to(dtype), ids, use_backend, note=f"V={vocab}")
-
-
-@by_kernels
-@on_dtypes
-def test_every_width_writes_its_row_and_nothing_beside_it(dtype, use_backend):
-    for vocab in VOCABS:
-        padded = torch.full((3, vocab + 9), 5.0, dtype=dtype)
-        padded[:, 4 : 4 + vocab] = torch.randn(3, vocab)
-        logits = padded[:, 4 : 4 + vocab]
-        ids = torch.tensor([0, vocab - 1, vocab // 2])
-        expected = run(logits, ids, backend=use_backend)[1]
-        beside = run(logits.contiguous(), ids, backend=use_backend)[1]
-        if use_backend == "triton":  # rows on 16 bytes are added up in another order
-            torch.testing.assert_close(beside, expected, rtol=2 * ROUNDING[dtype], atol=2e-7)
-        else:
-            assert torch.equal(beside, expected)
-        stats = ops.row_stats(logits, ids, None, None, 1.0, False, use_backend)
-        assert torch.equal(stats[2], logits.float().amax(1)) or vocab > 2048
-        made = padded.requires_grad_() * 1  # in place wants logits that are no leaf
-        view = made[:, 4 : 4 + vocab]
-        out = dk.policy_loss(
-            view, ids, torch.full((3,), -1.0), torch.ones(3), lengths=[1] * 3,
-            objective=dk.grpo(), inplace=True, backend=use_backend,
-        )  # fmt: skip
-        out.loss.backward()
-        assert torch.equal(view, expected), f"V={vocab}"
-        assert (made[:, :4] == 5).all() and (made[:, 4 + vocab :] == 5).all(), f"V={vocab}"
-
-
-@everywhere
-@on_dtypes
-@pytest.mark.parametrize("order", ["ascending", "descending", "steps", "peak last"])
-def test_a_maximum_that_keeps_rising(order, dtype, use_backend):
-    """The sum so far is rescaled with each new maximum: 16 chunks of 2048, and 9 logits."""
-    vocab = 16 * 2048 + 9
-    rows = {
-        "ascending": torch.linspace(-30, 30, vocab),
-        "descending": torch.linspace(30, -30, vocab),
-        "steps": torch.arange(vocab).div(2048, rounding_mode="floor") * 2.5,  # just below 2^4
-        "peak last": torch.cat([torch.zeros(vocab - 1), torch.tensor([40.0])]),
-    }[order]
-    rows = rows.to(dtype).expand(3, vocab)
-    assert_selected(rows, [0, vocab // 2, vocab - 1], use_backend, temperature=0.8)
 
 
 # ---- -inf ---------------------------------------------------------------------------------------
@@ -236,6 +133,39 @@ def test_masked_logits_in_a_full_divergence(name, low, where, use_backend):
             assert torch.equal(out.clipped, want.clipped)
             slack = ROUNDING[dtype] * want_gradient.abs() + 1e-5
             assert ((gradient.double() - want_gradient).abs() <= slack).all()
+
+
+@everywhere
+@pytest.mark.parametrize("k", [1, 20, 128])
+@pytest.mark.parametrize("name", ["dppo-topk_tv", "dppo-topk_kl"])
+def test_topk_with_and_without_the_sampled_token(name, k, use_backend):
+    p = problem(OBJECTIVES[name](), vocab=300, lengths=(8,), drift=1.5)
+    old = torch.log_softmax(p.base, 1)
+    top = old.topk(k)
+    listed = (top.indices == p.arguments["target_ids"][:, None]).any(1)
+    assert k == 128 or not listed.all()
+    p.arguments["target_ids"][:4] = top.indices[:4, -1]
+    p.arguments |= {"topk_ids": top.indices, "topk_logprobs": top.values}
+    assert_matches(p, p.run(backend=use_backend), p.oracle())
+
+
+@on_backends(*SLOW, *GPU)
+@pytest.mark.parametrize("vocab", [37, 1003, 32000])
+@pytest.mark.parametrize("bad", ["vocab", -1, -100, 2**40])
+def test_an_id_outside_the_vocabulary_makes_its_row_nan(bad, vocab, use_backend, unchecked_ids):
+    bad = vocab if bad == "vocab" else bad
+    own = torch.arange(5) == 1
+    for name, argument in (("dppo-topk_tv", "topk_ids"), ("dcpo", "target_ids")):
+        p = problem(OBJECTIVES[name](), lengths=(3, 2), vocab=vocab)
+        _, clean_gradient = p.run(backend=use_backend)
+        p.arguments[argument][1 if argument == "target_ids" else (1, 2)] = bad
+        out, gradient = p.run(backend=use_backend)
+        assert torch.equal(out.token_loss.isnan(), own)
+        assert gradient[own].isnan().all()
+        assert torch.equal(gradient[~own], clean_gradient[~own])
+    logprobs, _, gradient = p.selected(lambda logprobs, _: logprobs.sum(), use_backend)
+    assert torch.equal(logprobs.isnan(), own) and gradient[own].isnan().all()
+    assert gradient[~own].isfinite().all()
 
 
 # ---- NaN and +inf -------------------------------------------------------------------------------
@@ -409,7 +339,7 @@ def test_logits_of_any_size(temperature, dtype, use_backend):
     assert_selected(rows, ids, use_backend, temperature)
 
 
-@on_kernels()
+@on_backends(*CPU)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("peak", [17.0, 23.0, 30.0, 40.0])
 def test_what_lies_beside_a_peak(peak, dtype, use_backend):
@@ -472,23 +402,14 @@ OLD = [-80.0, -87.0, -87.4, -88.0, -95.0, -100.0, -103.0, -104.0, -110.0, -745.0
 def test_old_probabilities_that_are_denormal_or_zero(name, use_backend):
     """q = exp(old) reaches 0 below -103.97; the bounds there are 1/2 and ratio_max (DCPO eq. 6)."""
     steps = [0.4, 0.55, 0.9, 1.1, 5.0, 9.5, 10.5]
-    old, logp, A = (
-        column.flatten()
-        for column in torch.meshgrid(
-            torch.tensor(OLD), torch.tensor(steps).log(), torch.tensor([1.0, -1.0]), indexing="ij"
-        )
-    )
+    axes = (torch.tensor(OLD), torch.tensor(steps).log(), torch.tensor([1.0, -1.0]))
+    old, logp, A = (column.flatten() for column in torch.meshgrid(*axes, indexing="ij"))
     target = torch.where(old > -1000, old + logp, -100.0)
     logits = torch.stack([target, torch.zeros_like(target)], 1)
-    objective = dk.dcpo() if name == "dcpo" else OBJECTIVES[name]()
-    options = {"old": old, "A": A, "objective": objective, "backend": use_backend}
-    out, gradient = run(logits, torch.zeros(len(old), dtype=torch.int64), **options)
-    leaf = logits.double().requires_grad_()
-    want = dk.policy_loss(
-        leaf, torch.zeros(len(old), dtype=torch.int64), old, A, lengths=[1] * len(old),
-        objective=objective, backend="reference",
-    )  # fmt: skip
-    (want_gradient,) = torch.autograd.grad(want.loss, leaf)
+    ids, objective = [0] * len(old), dk.dcpo() if name == "dcpo" else OBJECTIVES[name]()
+    out, gradient = run(logits, ids, old, A, objective=objective, backend=use_backend)
+    want = run(logits.double(), ids, old, A, objective=objective, backend="reference")
+    want, want_gradient = want
     assert out.token_loss.isfinite().all() and gradient.isfinite().all()
     assert torch.equal(out.clipped, want.clipped)
     torch.testing.assert_close(out.token_loss.double(), want.token_loss, rtol=5e-5, atol=0)
@@ -504,7 +425,7 @@ def test_old_probabilities_that_are_denormal_or_zero(name, use_backend):
         assert (out.token_loss[high & tiny] == -10).all()
 
 
-@on_kernels(*INTERPRETED)
+@on_backends(*SLOW)
 @pytest.mark.parametrize("vocab", [1003, 8192, 151_936])
 def test_what_stands_beside_a_peak(vocab, use_backend):
     """log p and the entropy of a peak, and 1 - p in its gradient, are the sum of all the others,
@@ -534,167 +455,3 @@ def test_what_stands_beside_a_peak(vocab, use_backend):
         ):
             off = (value / want - 1).abs()
             assert (off < slack).all(), f"{name} of {dtype} at T={temperature}: {off.tolist()}"
-
-
-# ---- numbers of rows and logits -----------------------------------------------------------------
-
-
-@on_backends()
-@on_dtypes
-def test_more_rows_than_a_grid_dimension_holds(dtype, use_backend):
-    rows = 70_000
-    logits = (2 * torch.randn(rows, 3)).to(dtype)
-    ids = torch.randint(3, (rows,))
-    want, want_entropy, log_p = exact(logits, ids)
-    old, A = (want + 0.3 * torch.randn(rows)).float(), torch.randn(rows)
-    options = {"lengths": [30_000, 0, 40_000], "with_entropy": True, "backend": use_backend}
-    read = torch.ones(rows, dtype=torch.bool)
-    if use_backend == "triton":  # its interpreter takes 7 ms for a row that is read
-        read[50:-50] = False
-        A[~read] = 0.0
-        options["skip_zero_advantage"] = True
-    out, gradient = run(logits, ids, old, A, objective=dk.cispo(1.2, aggregation="token-sum"),
-                        **options)  # fmt: skip
-    want, want_entropy = (torch.where(read, x, 0.0) for x in (want, want_entropy))
-    torch.testing.assert_close(out.logprobs.double(), want, rtol=2e-6, atol=3e-6)
-    torch.testing.assert_close(out.entropy.double(), want_entropy, rtol=2e-6, atol=3e-6)
-    g = -A.double() * (want - old).exp().clamp(max=1.2)
-    expected = g[:, None] * (torch.nn.functional.one_hot(ids, 3) - log_p.exp())
-    slack = ROUNDING[dtype] * expected.abs() + 1e-5 * g[:, None].abs() + 2**-24
-    assert ((gradient.double() - expected).abs() <= slack).all()
-
-
-@by_kernels
-@on_dtypes
-def test_a_very_long_row(dtype, use_backend):
-    rows = (3 * torch.randn(1, 262_144)).to(dtype)
-    assert_selected(rows, [262_143], use_backend)
-    flat = torch.zeros(1, 262_144, dtype=dtype)
-    assert_selected(flat, [0], use_backend)
-
-
-# Rows further apart than 2^31 elements: the memory between them is reserved and never touched.
-FAR = 2**31 + 4096
-VOCAB = 100
-
-
-class Made(torch.autograd.Function):
-    """The same memory as if a model had just made it: in place wants logits that are no leaf."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.detach()
-
-    @staticmethod
-    def backward(ctx, gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None
-
-
-@by_kernels
-@pytest.mark.parametrize("padded", [False, True], ids=["row stride", "batch stride"])
-def test_offsets_past_2_to_the_31(padded, use_backend):
-    rows = torch.randn(3, VOCAB).bfloat16()
-    memory = torch.empty(2 * FAR + VOCAB, dtype=torch.bfloat16)
-    shape = (3, 1, VOCAB) if padded else (3, VOCAB)
-    strides = (FAR, VOCAB, 1) if padded else (FAR, 1)
-    logits = memory.as_strided(shape, strides)
-    logits.copy_(rows.view(shape))
-    ids, old, A = torch.tensor([3, 50, 99]), torch.full((3,), -4.0), torch.ones(3)
-    grouping = {"mask": torch.ones(3, 1)} if padded else {"lengths": [1, 1, 1]}
-    if padded:
-        ids, old = ids[:, None], old[:, None]
-    options = {"objective": dk.grpo(), "backend": use_backend, **grouping}
-
-    leaf = rows.view(shape).clone().requires_grad_()
-    want = dk.policy_loss(leaf, ids, old, A, **options)
-    want.loss.backward()
-    with torch.no_grad():
-        out = dk.policy_loss(logits, ids, old, A, **options)
-    assert torch.equal(out.logprobs, want.logprobs)
-    made = Made.apply(logits.requires_grad_())
-    dk.policy_loss(made, ids, old, A, inplace=True, **options).loss.backward()
-    assert torch.equal(logits, leaf.grad)
-
-
-@by_kernels
-def test_more_than_2_to_the_31_logits(use_backend):
-    """One row that counts, the last of 2^31 / V + 2; the others are not read and never touched."""
-    vocab, time = 2**17, 2**14 + 2
-    logits = torch.empty(1, time, vocab, dtype=torch.bfloat16)
-    logits[0, -1] = torch.randn(vocab).bfloat16()
-    mask = torch.zeros(1, time)
-    mask[0, -1] = 1
-    ids = torch.full((1, time), -100)
-    ids[0, -1] = vocab - 1
-    out = dk.policy_loss(
-        logits, ids, torch.zeros(1, time), torch.ones(1), mask=mask, with_entropy=True,
-        backend=use_backend,
-    )  # fmt: skip
-    want, want_entropy, _ = exact(logits[0, -1:], [vocab - 1])
-    torch.testing.assert_close(out.logprobs[0, -1:].double(), want, rtol=2e-6, atol=3e-6)
-    torch.testing.assert_close(out.entropy[0, -1:].double(), want_entropy, rtol=2e-6, atol=3e-6)
-    assert (out.logprobs[0, :-1] == 0).all()
-
-
-# ---- conversions --------------------------------------------------------------------------------
-
-PATTERNS = torch.arange(65_536, dtype=torch.int32).to(torch.uint16)
-
-
-def sample(values, backend):
-    """All of them; in Triton's interpreter, some milliseconds a row, about a thousand."""
-    return values[:: len(values) // 1000].clone() if backend == "triton" else values
-
-
-halves = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-
-
-@by_kernels
-@halves
-def test_every_half_is_read_as_it_is(dtype, use_backend):
-    """row_max of a row of equal logits is that logit. 67: a block of every width, and a tail."""
-    values = sample(PATTERNS.view(dtype), use_backend)
-    number, finite = ~values.isnan(), values.isfinite()
-    for vocab in (1, 67):
-        logits = values[:, None].expand(-1, vocab).contiguous()
-        ids = torch.full((len(values),), vocab - 1)
-        logprobs, _, row_max, _ = ops.row_stats(logits, ids, None, None, 1.0, False, use_backend)
-        assert torch.equal(row_max[number], values[number].float())
-        assert logprobs[~number].isnan().all()
-        assert (logprobs[finite] + math.log(vocab)).abs().max() < 1e-6
-
-
-def neighbours(dtype):
-    """Every finite value of a half precision, the float32 halfway to the next, and those beside."""
-    values = PATTERNS.view(dtype)
-    values = values[values.isfinite()].float()
-    bits = values.view(torch.int32)
-    half_step = 1 << (15 if dtype == torch.bfloat16 else 12)
-    around = [bits + d for d in (0, 1, half_step - 1, half_step, half_step + 1)]
-    out = [x.view(torch.float32) for x in around] + [values * 0.75, values * 1.0001]
-    if dtype == torch.float16:  # between the denormals the steps are equal
-        ends = torch.arange(0, 1025).float() * 2**-24
-        ties = ends + 2**-25
-        edges = [ties, torch.nextafter(ties, ends), torch.nextafter(ties, ends + 1), ends]
-        out += [sign * edge for edge in edges for sign in (1, -1)]
-        top = [65503.0, 65504.0, 65519.0, 65519.996, 65520.0, 65536.0, 1e9, 3e38, 1e-30, 1e-45]
-        out += [torch.tensor(top), -torch.tensor(top)]
-    out = torch.cat(out)
-    return out[out.isfinite()]
-
-
-@by_kernels
-@halves
-def test_every_half_is_rounded_to_nearest_even(dtype, use_backend):
-    """With p = 1 everywhere, which no softmax gives, the gradient is -g, and 0 at the target; in a
-    row of -inf, which has p = 0, it is g at the target."""
-    g = sample(neighbours(dtype), use_backend)
-    zeros = torch.zeros(len(g))
-    ones = torch.zeros(len(g), 67, dtype=dtype)
-    arguments = (None, zeros, zeros, None, g, None, None, 1.0, use_backend)
-    gradient = ops.row_gradient(ones, torch.full((len(g),), 66), *arguments)
-    wrong = (gradient[:, :-1] != (-g).to(dtype)[:, None]).any(1)
-    assert not wrong.any(), f"{int(wrong.sum())} of {len(g)}, first {g[wrong][0]!r}"
-    nothing = torch.full_like(ones[:, :1], -INF)
-    target = ops.row_gradient(nothing, torch.zeros(len(g)).long(), *arguments)[:, 0]
-    assert torch.equal(target, g.to(dtype))

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import on_backends
-from problems import OBJECTIVES, problem
+from backends import on_backends
+from problems import OBJECTIVES, per_token, problem
 
 import dcpo_kernels as dk
 from dcpo_kernels import ops
@@ -115,17 +115,26 @@ def test_nothing_counts():
 
 
 @on_backends()
+@pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_of_a_real_loss(name, layout, use_backend):
-    out, _ = problem(OBJECTIVES[name](), layout=layout).run(backend=use_backend, with_entropy=True)
-    numbers = dk.summarize(out)
-    mask = out.mask
-    assert numbers["tokens"] == mask.sum() == 24 and numbers["responses"] == 5
+def test_of_a_real_loss(name, layout, skip, use_backend):
+    """Rows that skip_zero_advantage leaves out have results of 0, which are in no mean."""
+    p = problem(OBJECTIVES[name](), layout=layout, lengths=(6, 5, 9, 4), advantages="response")
+    p.arguments["advantages"][1::2] = 0.0
+    out, _ = p.run(backend=use_backend, with_entropy=True, skip_zero_advantage=skip)
+    numbers, mask = dk.summarize(out), out.mask
+    skipped = skip and not p.arguments["objective"].pulls_without_advantage
+    read = mask & (per_token(torch.tensor([1, 0, 1, 0]), p.arguments) > 0) if skipped else mask
+    assert numbers["tokens"] == mask.sum() == 24 and numbers["responses"] == 4
+    assert numbers["tokens_read"] == read.sum() == (15 if skipped else 24)
     assert numbers["loss"] == pytest.approx(float(out.loss.detach()))
     assert numbers["token_clipping_ratio"] == pytest.approx(float(dk.token_clipping_ratio(out)))
+    assert numbers["token_clipping_ratio"] == pytest.approx(float((out.clipped != 0).sum()) / 24)
     sides = sum(numbers[f"clip_{side}"] for side in ("high", "low", "cap", "region"))
     assert sides == pytest.approx(int((out.clipped[mask] != 0).sum()) / 24)
-    assert numbers["entropy_mean"] == pytest.approx(float(out.entropy[mask].mean()), rel=1e-5)
-    assert numbers["ratio_mean"] == pytest.approx(float(out.ratio[mask].mean()), rel=1e-5)
-    assert numbers["ratio_min"] == float(out.ratio[mask].min())
+    for key, values in (("logprob", out.logprobs), ("entropy", out.entropy), ("ratio", out.ratio)):
+        assert numbers[f"{key}_mean"] == pytest.approx(float(values[read].mean()), rel=1e-5)
+    ratio = out.ratio[read]
+    assert (numbers["ratio_min"], numbers["ratio_max"]) == (float(ratio.min()), float(ratio.max()))
+    assert numbers["approx_kl"] == pytest.approx(float((ratio - 1 - ratio.log()).mean()), rel=1e-4)

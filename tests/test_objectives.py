@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 import torch
-from conftest import on_kernels
+from backends import CPU, on_backends
 from problems import OBJECTIVES
 
 import dcpo_kernels as dk
@@ -217,7 +217,7 @@ def through_a_kernel(objective, logp, old, A, ref, backend):
 SCALAR = ("none", "binary_tv", "binary_kl")  # divergences that need no more than the scalars
 
 
-@on_kernels()
+@on_backends(*CPU)
 @pytest.mark.parametrize("kl_coef", [0.0, 0.2])
 @pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o().divergence in SCALAR])
 def test_decide_on_a_grid(name, kl_coef, use_backend):

@@ -3,13 +3,16 @@ reference's gradients against finite differences."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import KERNELS, on_backends
-from problems import DTYPES, OBJECTIVES, PER_TOKEN, pairs, problem
+from backends import CPU, EVERYWHERE, GPU, device_of, on_backends
+from problems import DTYPES, OBJECTIVES, PER_TOKEN, label, pairs, problem
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dcpo_kernels as dk
 from dcpo_kernels import ops
@@ -30,19 +33,22 @@ from dcpo_kernels.ops.records import (
 )
 
 LAYOUTS = ("packed", "row-stride", "sliced", "time-major")
-BACKENDS = ("reference", *KERNELS[:1])
+BACKENDS = ("reference", *CPU[:1])
+
+
+def on_device(x: torch.Tensor, device: str) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
 def arguments_of(
     op: str,
     layout: str,
     dtype: torch.dtype,
-    backend: str,
     objective: dk.Objective | None = None,
     optional: bool = True,
 ):
-    """What each operator is called with, gradients recorded nowhere. optional: every argument that
-    may be left out is there."""
+    """What each operator is called with before `backend`, gradients recorded nowhere. optional:
+    every argument that may be left out is there."""
     objective = objective or dk.dcpo(kl_coef=0.1, entropy_coef=0.1)
     p = problem(objective, layout=layout, dtype=dtype, lengths=(3, 0, 2), vocab=19)
     logits = p.view(p.base.nan_to_num())
@@ -66,8 +72,8 @@ def arguments_of(
         skip_whole_responses=False,
     )
     if op == "token_weights":
-        return ids, *grouping, [torch.randn(count)] * optional, backend
-    *responses, _ = ops.token_weights(ids, *grouping, [], backend)
+        return ids, *grouping, [torch.randn(count)] * optional
+    *responses, _ = ops.token_weights(ids, *grouping, [], "reference")
     responses = Responses(*responses)
     tokens = Tokens(
         old_logprobs=-one.abs() if optional else None,
@@ -79,59 +85,55 @@ def arguments_of(
     temperatures = 0.5 + one.abs() if optional else None
     targets = Targets(ids, responses.mask, temperatures)
     if op == "row_stats":
-        return logits, *targets, *options, backend
-    stats = RowStats(*ops.row_stats(logits, *targets, *options, backend))
+        return logits, *targets, *options
+    stats = RowStats(*ops.row_stats(logits, *targets, *options, "reference"))
     if op.startswith("row_gradient"):
         ends = RowCoefficients(
             ids, temperatures, stats.row_max, stats.log_sum, stats.entropy, one, two
         )
         if not optional:
             ends = ends._replace(entropy=None, h=None)
-        return logits, *ends, torch.tensor(0.37) if optional else None, 0.7, backend
+        return logits, *ends, torch.tensor(0.37) if optional else None, 0.7
     if op == "multiply_":
-        return logits, torch.tensor(0.37), backend
+        return logits, torch.tensor(0.37)
     if op == "decide":
         groups = RatioGroups(optional, responses.offsets, responses.lengths)
-        return *Read(stats.logprobs, stats.entropy), *tokens, *numbers, *groups, backend
+        return *Read(stats.logprobs, stats.entropy), *tokens, *numbers, *groups
     if op == "finish":
         clipped = (10 * one.abs()).to(torch.int8) % 5
         results = Results(one, stats.logprobs, stats.entropy, three.exp(), clipped)
-        return *results, *responses, backend
+        return *results, *responses
     topk = (None, None)
     if objective.needs_topk:
         topk = (ids[..., None] + torch.arange(3)) % 19, -torch.rand(*shape, 3)
     old_logits = torch.randn_like(logits) if objective.needs_old_logits else None
     rows = Rows(ids, temperatures, *topk, old_logits)
     arguments = (logits, *rows, *tokens, *numbers, *options)
-    return (*arguments, backend) if op == "fused_" else (*arguments, True, backend)
+    return arguments if op == "fused_" else (*arguments, True)
 
 
+@on_backends(*BACKENDS, *GPU)
 @pytest.mark.parametrize(
     "case",
-    pairs(op=tuple(ops.__all__), layout=LAYOUTS, dtype=DTYPES, backend=BACKENDS, optional=(0, 1)),
-    ids=lambda c: str(c.values()),
+    pairs(op=tuple(ops.__all__), layout=LAYOUTS, dtype=DTYPES, optional=(False, True)),
+    ids=label,
 )
-def test_opcheck(case):
-    with_names = dict(case, backend=case["backend"].split("-")[0])
-    name = with_names.pop("op")
-    torch.library.opcheck(getattr(ops, name), arguments_of(name, **with_names))
+def test_opcheck(case, use_backend):
+    arguments, device = list(arguments_of(**case)), device_of(use_backend)
+    if device != "cpu":
+        arguments = tree_map_only(torch.Tensor, partial(on_device, device=device), arguments)
+    torch.library.opcheck(getattr(ops, case["op"]), (*arguments, use_backend))
 
 
 @on_backends(*BACKENDS)
+@pytest.mark.parametrize("optional", [False, True])
 @pytest.mark.parametrize("name", ["grpo", "dppo-topk_tv", "dppo-kl"])
-def test_opcheck_of_optional_arguments(name, use_backend):
-    objective = OBJECTIVES[name]()
-    for optional in (True, False):
-        arguments = arguments_of(
-            "fused", "sliced", torch.bfloat16, use_backend, objective, optional
-        )
-        for with_gradient in (True, False):
-            *given, _, backend = arguments
-            torch.library.opcheck(
-                ops.fused,
-                (*given, with_gradient, backend),
-                test_utils=("test_schema", "test_faketensor"),
-            )
+def test_opcheck_of_optional_arguments(name, optional, use_backend):
+    objective, tests = OBJECTIVES[name](), ("test_schema", "test_faketensor")
+    *given, _ = arguments_of("fused", "sliced", torch.bfloat16, objective, optional)
+    for with_gradient in (True, False):
+        arguments = (*given, with_gradient, use_backend)
+        torch.library.opcheck(ops.fused, arguments, test_utils=tests)
 
 
 @on_backends(*BACKENDS)
@@ -147,13 +149,11 @@ def test_opcheck_of_optional_arguments(name, use_backend):
 )
 def test_direct_callers_are_checked_too(wrong, error, words, use_backend):
     """The kernels get addresses: a tensor of other strides would be read past its end."""
-    arguments = arguments_of("fused", "packed", torch.float32, use_backend)
-    names = ["logits", *Rows._fields, *Tokens._fields]
-    arguments = [wrong.get(name, x) for name, x in zip(names, arguments, strict=False)] + list(
-        arguments[len(names) :]
-    )
+    arguments = list(arguments_of("fused", "packed", torch.float32))
+    for name, x in wrong.items():
+        arguments[["logits", *Rows._fields, *Tokens._fields].index(name)] = x
     with pytest.raises(error, match=words):
-        ops.fused(*arguments)
+        ops.fused(*arguments, use_backend)
 
 
 @on_backends(*BACKENDS)
@@ -161,29 +161,34 @@ def test_direct_callers_are_checked_too(wrong, error, words, use_backend):
 @pytest.mark.parametrize("op", ops.__all__)
 def test_fake_results_are_like_the_real_ones(op, layout, use_backend):
     """Shape, dtype and strides; a gradient is contiguous whatever the logits are."""
-    arguments = arguments_of(op, layout, torch.bfloat16, use_backend)
+    arguments = arguments_of(op, layout, torch.bfloat16)
     with FakeTensorMode() as mode:
-
-        def fake_of(x):
-            if isinstance(x, list):
-                return [fake_of(y) for y in x]
-            return mode.from_tensor(x) if torch.is_tensor(x) else x
-
-        fake_arguments = [fake_of(x) for x in arguments]
-        fake = getattr(ops, op)(*fake_arguments)
-    real = getattr(ops, op)(*arguments)
+        faked = tree_map_only(torch.Tensor, mode.from_tensor, list(arguments))
+        fake = getattr(ops, op)(*faked, use_backend)
+    real = getattr(ops, op)(*arguments, use_backend)
 
     def described(results):
-        results = (
-            () if results is None else results if isinstance(results, tuple | list) else [results]
-        )
-        flat = [y for x in results for y in (x if isinstance(x, list) else [x])]
-        return [(list(x.shape), x.dtype, x.stride(), x.device) for x in flat]
+        flat = tree_leaves(results)
+        return [x if x is None else (x.shape, x.dtype, x.stride(), x.device) for x in flat]
 
     assert described(real) == described(fake)
     if op in ("fused", "row_gradient"):
         gradient = real[-1] if op == "fused" else real
         assert gradient.is_contiguous() and gradient.shape == arguments[0].shape
+
+
+@on_backends(*EVERYWHERE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("start", [0, 1, 7])  # elements off a 16-byte boundary
+@pytest.mark.parametrize("rows, vocab", [(0, 9), (2, 1), (3, 15), (2, 4099), (1, 3_000_001)])
+def test_multiply_writes_its_rows_and_nothing_beside_them(rows, vocab, start, dtype, use_backend):
+    buffer = torch.randn(rows, start + vocab + 9, device=device_of(use_backend)).to(dtype)
+    for factor in torch.tensor([1.0, 0.3], device=buffer.device):
+        x = buffer[:, start : start + vocab]
+        expected = buffer.clone()
+        expected[:, start : start + vocab] = (x.float() * factor).to(dtype)
+        ops.multiply_(x, factor, use_backend)
+        assert torch.equal(buffer, expected)
 
 
 def test_schemas_say_what_is_written():

@@ -297,21 +297,6 @@ def test_a_view_crosses_as_one_tuple():
         _C.cpu_multiply(**{name: value for name, value in given.items() if name != "x"})
 
 
-def multiply(address: int, numel: int, dtype: int, factor: int, stream: int) -> None:
-    view = (address, 1, 0, 0)
-    _C.cuda_multiply(
-        rows=1, vocab=numel, dtype=dtype, x=view, factor=factor, device=0, stream=stream
-    )
-
-
-@pytest.mark.skipif(not _C.cuda or torch.cuda.is_available(), reason="built without CUDA, or a GPU")
-def test_cuda_build_without_a_gpu():
-    assert _C.cuda_devices() == []
-    assert _C.cuda_versions()["runtime"] >= 11000
-    with pytest.raises(RuntimeError, match="CUDA"):
-        multiply(address=0, numel=1, dtype=0, factor=0, stream=0)
-
-
 needs_gpu = pytest.mark.skipif(not (_C.cuda and torch.cuda.is_available()), reason="no GPU")
 
 
@@ -325,26 +310,3 @@ def test_cuda_devices_are_those_of_torch():
         assert device["multiprocessors"] == there.multi_processor_count
         assert device["total_bytes"] == there.total_memory
     assert len(_C.cuda_devices()) == torch.cuda.device_count()
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize(
-    "code, dtype", [(0, torch.bfloat16), (1, torch.float16), (2, torch.float32)]
-)
-@pytest.mark.parametrize("start", [0, 1, 7])  # elements off a 16-byte boundary
-@pytest.mark.parametrize("numel", [0, 1, 15, 4099, 3_000_001])
-def test_cuda_multiply(code, dtype, start, numel):
-    buffer = torch.randn(start + numel + 9, device="cuda").to(dtype)
-    for factor in (1.0, 0.3):
-        multiplier = torch.tensor(factor, device="cuda")
-        x = buffer[start : start + numel]
-        expected = buffer.clone()
-        expected[start : start + numel] = (x.float() * multiplier).to(dtype)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        # base plus offset: an empty view has no address of its own
-        address = buffer.data_ptr() + start * buffer.element_size()
-        multiply(address, numel, code, multiplier.data_ptr(), stream.cuda_stream)
-        stream.synchronize()
-        assert torch.equal(buffer, expected)

@@ -9,7 +9,7 @@ import subprocess
 import emulator
 import pytest
 import torch
-from conftest import INTERPRETED, KERNELS
+from backends import CPU, SLOW, needs_kernels, use
 from problems import OBJECTIVES, pairs
 from torch import Tensor
 
@@ -20,18 +20,12 @@ from dcpo_kernels.objective import AGGREGATIONS
 from dcpo_kernels.ops.records import Grouping, RatioGroups, Read, Responses, Results, Tokens
 
 NAN, INF = float("nan"), float("inf")
-COMPILED = ["cpu"] if KERNELS else []
 
 
-@pytest.fixture(params=[*COMPILED, *INTERPRETED, "cuda"])
-def backend(request, monkeypatch):
-    """CUDA in the emulator."""
-    if request.param == "cuda":
-        emulator.install(monkeypatch)
-    yield request.param
-    if request.param == "cuda":
-        monkeypatch.undo()
-        backends.unavailable.cache_clear()
+@pytest.fixture(params=[*CPU[:1], *SLOW])
+def backend(request):
+    with use(request.param) as name:
+        yield name
 
 
 def assert_same(found, expected, rtol: float = 0.0, atol: float = 0.0) -> None:
@@ -389,17 +383,11 @@ def test_a_response_is_the_same_bits_alone_and_among_others(backend):
 
 # ---- under sanitizers ---------------------------------------------------------------------------
 
-STRESS = (
-    "stress_responses.cpp",
-    "cuda.cpp",
-    "hopper.cpp",
-    "cuda/responses.cu",
-    "cpu/responses.cpp",
-)
+STRESS = ("cuda.cpp", "hopper.cpp", "cuda/responses.cu", "cpu/responses.cpp")
 
 
 def stress(*arguments: int, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
-    program = emulator.build("stress_responses", STRESS, *flags)
+    program = emulator.build("stress_responses", ("stress_responses.cpp", *STRESS), *flags)
     return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
 
 
@@ -417,7 +405,7 @@ def test_a_missing_barrier_would_be_noticed():
 # ---- as torch sees them -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["reference", *COMPILED])
+@pytest.mark.parametrize("name", ["reference", pytest.param("cpu", marks=needs_kernels)])
 def test_opcheck(name):
     like, g, values = token_weights_case("packed with holes", skip="whole responses")
     torch.library.opcheck(ops.token_weights, (like, *g, values, name))
@@ -432,7 +420,7 @@ def test_opcheck(name):
         torch.library.opcheck(ops.finish, (*results, *responses, name))
 
 
-@pytest.mark.skipif(not KERNELS, reason="the compiled module is missing")
+@needs_kernels
 def test_what_the_compiled_module_is_passed():
     """Exactly the fields, by their names, and float32."""
     from dcpo_kernels.backends import _compiled

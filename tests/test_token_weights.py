@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import golden
 import pytest
 import torch
-from conftest import load_golden, on_backends
+from backends import on_backends
 
 import dcpo_kernels as dk
 from dcpo_kernels.objective import AGGREGATIONS
 from dcpo_kernels.responses import response_weights
 
-CASES = load_golden("aggregation.json")["cases"]
+CASES = golden.load("aggregation.json")["cases"]
 
 
 def expected(case):
@@ -38,8 +39,17 @@ def test_golden(case):
 
 
 def test_golden_holds_every_aggregation():
-    assert {case["aggregation"] for case in CASES} == set(AGGREGATIONS)
+    by_hand = {"seq-mean-token-sum"}  # in the test below
+    assert {case["aggregation"] for case in CASES} == set(AGGREGATIONS) - by_hand
     assert any(0 in case["lengths"] for case in CASES)
+
+
+def test_token_sums_over_responses():
+    weights = dk.token_weights([2, 0, 1], "seq-mean-token-sum")
+    assert weights.tolist() == [0.5, 0.5, 0.5]
+    assert (
+        dk.token_weights([2, 0, 1], "seq-mean-token-sum", num_responses=8).tolist() == [1 / 8] * 3
+    )
 
 
 INTEGERS = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)

@@ -33,11 +33,8 @@ def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "deep" / "problems.parquet"
     write_problems(path, PROBLEMS)
     assert read_problems(path) == PROBLEMS
-    named = [
-        Problem(
-            "a-7", [{"role": "system", "content": "Be brief."}, *PROBLEMS[0].prompt], r"\frac12"
-        )
-    ]
+    prompt = [{"role": "system", "content": "Be brief."}, *PROBLEMS[0].prompt]
+    named = [Problem("a-7", prompt, r"\frac12")]
     write_problems(path, named)
     assert read_problems(path) == named
     assert [p.name for p in path.parent.iterdir()] == ["problems.parquet"]
@@ -77,39 +74,36 @@ WRONG_TYPE = {  # a column has one type: the first row is as wrong as all others
 }
 
 
+def refusal(path, rows) -> str:
+    """What reading them says, after the path."""
+    with pytest.raises(ProblemError) as caught:
+        read_problems(write_rows(path, rows))
+    return str(caught.value).removeprefix(f"{path}: ")
+
+
 @pytest.mark.parametrize("message", EMPTY)
 def test_what_is_empty_is_named(tmp_path, message):
     rows = [row(0), row(1), row(2)]
     EMPTY[message](rows[1])
-    path = write_rows(tmp_path / "bad.parquet", rows)
-    with pytest.raises(ProblemError) as caught:
-        read_problems(path)
-    assert str(caught.value) == f"{path}: row 1: {message}"
+    assert refusal(tmp_path / "bad.parquet", rows) == f"row 1: {message}"
 
 
 @pytest.mark.parametrize("message", WRONG_TYPE)
 def test_a_wrong_type_is_named(tmp_path, message):
-    path = write_rows(tmp_path / "bad.parquet", [{**row(i), **WRONG_TYPE[message]} for i in (0, 1)])
-    with pytest.raises(ProblemError) as caught:
-        read_problems(path)
-    assert str(caught.value) == f"{path}: row 0: {message}"
+    rows = [{**row(i), **WRONG_TYPE[message]} for i in (0, 1)]
+    assert refusal(tmp_path / "bad.parquet", rows) == f"row 0: {message}"
 
 
 @pytest.mark.parametrize("column", data.COLUMNS)
 def test_a_missing_column_is_named(tmp_path, column):
-    rows = [row(0)]
-    del rows[0][column]
-    path = write_rows(tmp_path / "bad.parquet", rows)
-    with pytest.raises(
-        ProblemError, match=rf"bad\.parquet: every row from 0 on: no column {column};"
-    ):
-        read_problems(path)
+    rows = [{key: value for key, value in row(0).items() if key != column}]
+    said = refusal(tmp_path / "bad.parquet", rows)
+    assert said.startswith(f"every row from 0 on: no column {column};")
 
 
 def test_a_duplicate_index_names_both_rows(tmp_path):
-    path = write_rows(tmp_path / "bad.parquet", [row(5), row(6), row(5)])
-    with pytest.raises(ProblemError, match=r"row 2: extra_info\.index 5 is also that of row 0"):
-        read_problems(path)
+    said = refusal(tmp_path / "bad.parquet", [row(5), row(6), row(5)])
+    assert "row 2: extra_info.index 5 is also that of row 0" in said
 
 
 def test_other_files_are_refused(tmp_path):

@@ -89,38 +89,20 @@ def test_prompts_without_a_chat_template_are_plain_text():
     assert TOKENIZER.decode(encode(plain, PROBLEMS[:1])[0]) == SUMS[0].text
 
 
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
 def rope_model():
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=True,
-        )
-    ).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
 
 
 def soft_capped_model():
     """What it does to its logits after the projection must not be lost. Sliding window as well."""
     torch.manual_seed(0)
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            final_logit_softcapping=2.0,
-            sliding_window=8,
-            initializer_range=0.5,
-        )
-    ).eval()
+    own = {"head_dim": 16, "final_logit_softcapping": 2.0, "initializer_range": 0.5}
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, **own, sliding_window=8)).eval()
 
 
 MODELS = {"gpt2": small_model, "llama": rope_model, "gemma2": soft_capped_model}

@@ -1,4 +1,4 @@
-"""What `dcpo bench` can measure. One file an operator: a module here with an OPERATOR is found."""
+"""What `dcpo bench` can measure. Every module here defines an OPERATOR."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Operator:
     title: str
     takes_objective: bool
     backward: bool  # differentiate
-    upstream: bool  # the value is one a token, and inputs.upstream its upstream gradient
-    minimum_bytes: Callable[[Inputs], int]  # of memory traffic: nobody can do with less
+    upstream: bool  # the value is one per token, and inputs.upstream its gradient
+    minimum_bytes: Callable[[Inputs], int]  # of memory traffic
     ours: Callable[[Inputs, str, bool], Function]  # (inputs, backend, inplace)
     plain: Callable[[Inputs], Function]  # the formula in PyTorch, as one would write it
 

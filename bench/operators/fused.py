@@ -29,13 +29,8 @@ def ours(inputs: Inputs, backend: str, inplace: bool) -> Function:
     arguments = inputs.loss_arguments()
 
     def run(logits: Tensor) -> Tensor:
-        return dk.policy_loss(
-            logits,
-            **arguments,
-            backend=backend,
-            inplace=inplace,
-            skip_zero_advantage=skips(inputs),
-        ).loss
+        options = {"inplace": inplace, "skip_zero_advantage": skips(inputs)}
+        return dk.policy_loss(logits, **arguments, **options, backend=backend).loss
 
     return run
 
@@ -48,5 +43,5 @@ OPERATOR = Operator(
     upstream=False,
     minimum_bytes=minimum_bytes,
     ours=ours,
-    plain=lambda inputs: plain.policy_loss(inputs, plain.logprobs(inputs)),
+    plain=lambda inputs: plain.policy_loss(**inputs.loss_arguments()),
 )

@@ -32,5 +32,5 @@ OPERATOR = Operator(
     upstream=False,
     minimum_bytes=minimum_bytes,
     ours=ours,
-    plain=plain.logprobs,
+    plain=lambda inputs: plain.logprobs(inputs.target_ids),
 )

@@ -1,4 +1,4 @@
-"""Other people's kernels, through small adapters. A module here with a PEER is found.
+"""Kernels of other projects, through small adapters: every module here defines a PEER.
 
 A peer that is not installed, needs another device or has no such feature is a row that says so.
 """
@@ -54,9 +54,11 @@ def implementation(peer: Peer, operator: Operator, inputs: Inputs) -> Implementa
 def from_logprobs(
     operator: Operator, inputs: Inputs, logprobs: Function, overwrites: bool = False
 ) -> Call:
-    """What a peer that has log-probs only makes of an operator: with a policy loss, PyTorch does
-    the rest, as in the trainers that use it."""
-    function = plain.policy_loss(inputs, logprobs) if operator.takes_objective else logprobs
+    """An operator on top of a peer that has log-probs only: PyTorch adds the policy loss, as in the
+    trainers that use it."""
+    function = logprobs
+    if operator.takes_objective:
+        function = plain.policy_loss(**inputs.loss_arguments(), logprobs_of=logprobs)
     return Call(operator, inputs, function, overwrites=overwrites and operator.backward)
 
 

@@ -86,14 +86,8 @@ def call(operator: Operator, inputs: Inputs) -> Call:
 
     # The logits of the last position, which predict nothing, come along.
     logits = torch.cat([inputs.logits, inputs.logits[:, -1:]], 1)
-    return Call(
-        operator,
-        inputs,
-        run,
-        overwrites=True,
-        logits=logits,
-        rows=lambda gradient: gradient[:, :-1],
-    )
+    options = {"logits": logits, "rows": lambda gradient: gradient[:, :-1]}
+    return Call(operator, inputs, run, overwrites=True, **options)
 
 
 PEER = Peer(

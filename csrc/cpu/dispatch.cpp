@@ -48,8 +48,8 @@ std::atomic<const Isa*>& chosen() {
 }
 
 // The OpenMP pool that torch runs on, found by name: this module links none, and a second pool
-// would take turns with the first, whose threads spin for milliseconds after each operator of
-// torch.
+// would compete for the cores with the first, whose threads spin for milliseconds after each
+// operator of torch.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 #if defined(_WIN32)

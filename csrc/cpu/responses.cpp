@@ -24,8 +24,8 @@ Counts count(const TokenWeightsArgs& a) {
     int64_t n = 0;
     for (int64_t row = a.responses.offsets[i]; row < a.responses.offsets[i + 1]; ++row)
       n += counts(a.grouping, row);
-    a.responses.lengths[i] = n;
-    add(c, n);
+    a.responses.lengths[i] = whole_length(a.grouping, i, n);
+    add(c, a.responses.lengths[i]);
   }
   return c;
 }
@@ -74,7 +74,6 @@ void cpu_finish(const FinishArgs& a) {
     double sum = 0.0;
     for (int64_t row = a.offsets[i]; row < a.offsets[i + 1]; ++row) sum += a.token_loss[row];
     a.response_loss[i] = mean(sum, a.lengths[i]);
-    summary.at[kTokens] += a.lengths[i];
   }
   store(a, summary);
 }

@@ -38,7 +38,6 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_versions", &versions, "CUDA versions of the driver (0: none) and of the runtime.");
   m.def("cuda_why_not", &why_not, "device"_a, "Why kernels can't run there; empty if they can.");
   // cluster: blocks that hold a row, 0 the streaming kernel, kByTable as plan.h says
-  m.attr("BY_TABLE") = kByTable;
   m.def("cuda_plan", &plan, "row_bytes"_a, "device"_a, "cluster"_a = kByTable,
         "How fused holds a row on 16 bytes; cluster 0: the streaming kernel.");
   bind::launcher(m, "cuda_fused", bind::kFusedFields, cuda_fused, "device", "stream", "cluster");

@@ -116,8 +116,9 @@ __global__ void __launch_bounds__(kThreads, 1) token_weights_kernel(const TokenW
       for (int64_t row = a.responses.offsets[i] + thread; row < a.responses.offsets[i + 1];
            row += threads)
         n += counts(g, row);
-    const int64_t length = sum_of_warps(n, warps, parts);
+    const int64_t here = sum_of_warps(n, warps, parts);
     if (i < a.count && thread == 0) {
+      const int64_t length = whole_length(g, i, here);
       a.responses.lengths[i] = length;
       add(mine, length);
     }
@@ -176,8 +177,6 @@ __global__ void __launch_bounds__(kTeam) decide_responses_kernel(const DecideArg
 __device__ void summarize(const FinishArgs& a, Summary<float>* parts) {
   Summary<float> s = nothing_read<float>();
   for (int64_t row = threadIdx.x; row < a.rows; row += kThreads) add(s, of_row<float>(a, row));
-  for (int64_t i = threadIdx.x; i < a.count; i += kThreads)
-    s.at[kTokens] += static_cast<float>(a.lengths[i]);
   for (int step = 16; step > 0; step /= 2) {
     Summary<float> other;
 #pragma unroll

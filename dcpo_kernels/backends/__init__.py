@@ -105,12 +105,11 @@ def explain() -> list[dict[str, Any]]:
     that can't serve them), why, and what the others lack."""
     table = []
     for device, names in _CANDIDATES.items():
-        others = []
-        for name in names:
-            reason = unavailable(name, device)
-            others.append(
-                {"backend": name, "available": not reason, "reason": reason or _describe(name)}
-            )
+        missing = {name: unavailable(name, device) for name in names}
+        others = [
+            {"backend": name, "available": not why, "reason": why or _describe(name)}
+            for name, why in missing.items()
+        ]
         forced = os.environ.get("DCPO_KERNELS_BACKEND", "auto") or "auto"
         try:
             chosen = _best(device) if forced == "auto" else choose(forced, device)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_kernels.backends import _compiled, launch
+from dcpo_kernels.backends import _compiled
 from dcpo_kernels.backends._compiled import C
 
 
@@ -32,17 +32,21 @@ def _where(x: Tensor) -> dict[str, int]:
     return {"device": index, "stream": torch._C._cuda_getCurrentRawStream(index)}
 
 
-def fused(logits: Tensor, *records: Any) -> None:
+BY_TABLE = -1  # csrc/cuda/plan.h
+
+
+def fused(logits: Tensor, *records: Any, cluster: int = BY_TABLE) -> None:
+    """cluster: so many blocks hold a row; 0: it is streamed."""
     arguments = _compiled.fused_arguments(logits, *records)
-    C.cuda_fused(**arguments, **_where(logits), cluster=launch.current().cluster)
+    C.cuda_fused(**arguments, **_where(logits), cluster=cluster)
 
 
-def plan(vocab: int, itemsize: int, device: int) -> str:
-    """How `fused` with a gradient holds rows that begin on 16 bytes."""
+def plan(vocab: int, itemsize: int, device: int, cluster: int = BY_TABLE) -> str:
+    """What `fused` with a gradient does with rows that lie on 16 bytes."""
     if vocab * itemsize % 16:
-        return "streams rows that don't begin on 16 bytes"
-    blocks = C.cuda_plan(vocab * itemsize, device, launch.current().cluster)["cluster"]
-    return f"holds a row in {blocks} blocks" if blocks else "streams rows that no cluster holds"
+        return "streams rows that can't all begin on 16 bytes"
+    blocks = C.cuda_plan(vocab * itemsize, device, cluster)["cluster"]
+    return f"holds a row in {blocks} blocks" if blocks else "streams rows"
 
 
 def row_stats(logits: Tensor, *records: Any) -> None:

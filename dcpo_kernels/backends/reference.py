@@ -28,22 +28,7 @@ from dcpo_kernels.objective import (
 from dcpo_kernels.responses import response_weights
 
 if TYPE_CHECKING:
-    from dcpo_kernels.ops.records import (
-        Coefficients,
-        Decisions,
-        Grouping,
-        Options,
-        RatioGroups,
-        Read,
-        Responses,
-        Results,
-        RowCoefficients,
-        Rows,
-        RowStats,
-        Targets,
-        Tokens,
-        Totals,
-    )
+    from dcpo_kernels.ops import records
 
 Temperature = float | Tensor  # one for all rows, or [N]
 
@@ -152,7 +137,7 @@ def _read_rows(x: Any, read: Tensor, nothing: float = 0.0) -> Any:
     return torch.where(read.view(-1, *[1] * (x.dim() - 1)), x, nothing)
 
 
-def _read_tokens(tokens: Tokens, read: Tensor, dtype: torch.dtype) -> Tokens:
+def _read_tokens(tokens: records.Tokens, read: Tensor, dtype: torch.dtype) -> records.Tokens:
     values: list[Any] = [None if x is None else _read_rows(x, read).to(dtype) for x in tokens]
     return type(tokens)(*values)
 
@@ -170,11 +155,11 @@ def _autograd(enabled: bool) -> Iterator[None]:
 def fused(
     logits: Tensor,
     gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
-    rows: Rows,
-    tokens: Tokens,
+    rows: records.Rows,
+    tokens: records.Tokens,
     numbers: Numbers,
-    options: Options,
-    results: Results,
+    options: records.Options,
+    results: records.Results,
 ) -> None:
     read, dtype = tokens.weights != 0, compute_dtype(logits)
     # Upcast here and nowhere else: then the gradient is rounded to the dtype of the logits once.
@@ -194,9 +179,10 @@ def fused(
             stats.logprobs,
             old,
             tokens.advantages,
-            entropy=stats.entropy,
+            entropy=_weighted(stats.entropy, tokens.entropy_weights),
             ref_logprobs=tokens.ref_logprobs,
             importance_weights=tokens.importance_weights,
+            log_ratio=tokens.log_ratio,
             divergence=divergence(
                 numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
             ),
@@ -209,6 +195,10 @@ def fused(
     for result, values in zip(results, found, strict=True):
         if result.numel():
             result.copy_(_counted(values.detach(), read, 1 if values is decision.ratio else 0))
+
+
+def _weighted(entropy: Any, entropy_weights: Tensor | None) -> Any:
+    return entropy if entropy is None or entropy_weights is None else entropy_weights * entropy
 
 
 def _counted(values: Tensor, read: Tensor, nothing: float = 0) -> Tensor:
@@ -224,7 +214,9 @@ def _temperature(
     return torch.where(T > 0, T, torch.nan)
 
 
-def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStats) -> None:
+def row_stats(
+    logits: Tensor, targets: records.Targets, options: records.Options, stats: records.RowStats
+) -> None:
     dtype = compute_dtype(logits)
     read = torch.ones_like(targets.target_ids, dtype=torch.bool)
     if targets.mask is not None:
@@ -239,7 +231,7 @@ def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStat
 def row_gradient(
     logits: Tensor,
     gradient: Tensor,
-    coefficients: RowCoefficients,
+    coefficients: records.RowCoefficients,
     factor: Tensor | None,
     temperature: float,
 ) -> None:
@@ -268,7 +260,10 @@ def multiply_(x: Tensor, factor: Tensor) -> None:
 
 
 def token_weights(
-    grouping: Grouping, values: list[Tensor], responses: Responses, spread: list[Tensor]
+    grouping: records.Grouping,
+    values: list[Tensor],
+    responses: records.Responses,
+    spread: list[Tensor],
 ) -> None:
     shape, device = responses.mask.shape, responses.mask.device
     rows, count = responses.mask.numel(), responses.lengths.numel()
@@ -289,6 +284,9 @@ def token_weights(
         return
     index = index.clamp(max=count - 1)
     counts = torch.zeros_like(ends).index_add_(0, index, mask.to(torch.int64))
+    if grouping.response_lengths is not None:
+        whole = grouping.response_lengths
+        counts = torch.where(whole >= counts, whole, -1)  # the others can't be
     responses.lengths.copy_(counts)
 
     read = mask
@@ -304,26 +302,28 @@ def token_weights(
         else getattr(grouping, f"{name}_on_device")
         for name in ("num_responses", "num_tokens", "max_length")
     }
-    weight = response_weights(counts, AGGREGATIONS[grouping.aggregation], **totals)
-    responses.weights.copy_(torch.where(read, weight[index], 0.0).view(shape))
+    weight = response_weights(counts, AGGREGATIONS[grouping.aggregation], **totals)[index]
+    if grouping.weights is not None:
+        weight = grouping.weights.reshape(-1)
+    responses.weights.copy_(torch.where(read, weight, 0.0).view(shape))
     for result, value in zip(spread, values, strict=True):
         result.copy_(value[index].view(shape))
 
 
 def decide(
-    read: Read,
-    tokens: Tokens,
+    read: records.Read,
+    tokens: records.Tokens,
     numbers: Numbers,
-    groups: RatioGroups,
-    decisions: Decisions,
-    coefficients: Coefficients,
+    groups: records.RatioGroups,
+    decisions: records.Decisions,
+    coefficients: records.Coefficients,
 ) -> None:
     live = tokens.weights != 0
     dtype = read.logprobs.dtype
     logprobs, entropy = _read_rows(read.logprobs, live), _read_rows(read.entropy, live)
     tokens = _read_tokens(tokens, live, dtype)
     old = logprobs if tokens.old_logprobs is None else tokens.old_logprobs
-    log_ratio = None
+    log_ratio = tokens.log_ratio
     if groups.by_response:
         # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t))
         log_ratio = _response_means(logprobs - old, groups.offsets, groups.lengths)
@@ -336,7 +336,7 @@ def decide(
         logprobs,
         old,
         tokens.advantages,
-        entropy=entropy,
+        entropy=_weighted(entropy, tokens.entropy_weights),
         ref_logprobs=tokens.ref_logprobs,
         importance_weights=tokens.importance_weights,
         log_ratio=log_ratio,
@@ -348,7 +348,10 @@ def decide(
     weights = tokens.weights.view(live.shape)
     coefficients.g.copy_(_counted(decision.g, live) * weights)
     if coefficients.h.numel():
-        coefficients.h.copy_(-numbers.entropy_coef * weights)
+        h = -numbers.entropy_coef * weights
+        if tokens.entropy_weights is not None:
+            h = h * tokens.entropy_weights.view(live.shape)
+        coefficients.h.copy_(h)
 
 
 def _response_means(x: Tensor, offsets: Tensor, lengths: Tensor) -> Tensor:
@@ -358,7 +361,7 @@ def _response_means(x: Tensor, offsets: Tensor, lengths: Tensor) -> Tensor:
     return sums[:-1] / lengths.clamp(min=1)
 
 
-def finish(results: Results, responses: Responses, totals: Totals) -> None:
+def finish(results: records.Results, responses: records.Responses, totals: records.Totals) -> None:
     token_loss, logprobs, entropy, ratio, clipped = (x.reshape(-1) for x in results)
     weights = responses.weights.reshape(-1)
     read = weights != 0
@@ -372,7 +375,7 @@ def finish(results: Results, responses: Responses, totals: Totals) -> None:
         highest = torch.where(any_read, torch.where(read, ratio, -torch.inf).amax(), 1.0)
     summary = [
         totals.loss,
-        responses.lengths.sum(),
+        responses.mask.sum(),
         read.sum(),
         torch.where(read, logprobs, nothing).sum(),
         torch.where(read, entropy, nothing).sum() if entropy.numel() else nothing.sum(),
@@ -381,6 +384,7 @@ def finish(results: Results, responses: Responses, totals: Totals) -> None:
         highest,
         torch.where(read, ratio - 1 - ratio.log(), nothing).sum(),
         *((read & (clipped == side)).sum() for side in SIDES),
+        nothing.sum(),  # tokens dropped: who asked for it knows it
     ]
     totals.summary.copy_(torch.stack([value.to(totals.summary.dtype) for value in summary]))
 

@@ -12,27 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels.backends import launch
 from dcpo_kernels.backends.layout import row_count, row_strides
 
 if TYPE_CHECKING:
     from dcpo_kernels.objective import Numbers
-    from dcpo_kernels.ops.records import (
-        Coefficients,
-        Decisions,
-        Grouping,
-        Options,
-        RatioGroups,
-        Read,
-        Responses,
-        Results,
-        RowCoefficients,
-        Rows,
-        RowStats,
-        Targets,
-        Tokens,
-        Totals,
-    )
+    from dcpo_kernels.ops import records
 
 kernels: Any = None
 response_kernels: Any = None
@@ -63,9 +47,9 @@ def unavailable(device: str = "cuda") -> str:
     return ""
 
 
-# How the rows are spread over the GPU. A thread holds up to 64 logits of 16 bits, or 32 of 32, in
-# 32 of the 128 registers it has where 512 of them fill a multiprocessor. Then that has 64 KiB of
-# loads in flight; at 4.8 TB/s and 1 us of latency an H200 wants 36 KiB from each of its 132.
+# How the rows are spread over the GPU. 512 threads with 128 registers each fill a multiprocessor. A
+# thread holds up to 64 logits of 16 bits, or 32 of 32 bits, in 32 of its registers: 64 KiB of loads
+# in flight per multiprocessor. At 4.8 TB/s and 1 us of latency an H200 needs 36 KiB in each of 132.
 #
 # Kernels that pass over a row once take programs of 128 threads: while one waits for its row's
 # first logits or reduces its row, the three others keep the memory busy.
@@ -98,7 +82,7 @@ def launch_shape(
 ) -> tuple[int, tuple[int, int], dict[str, Any]]:
     """For rows of a vocabulary of `size` bytes per logit: programs the GPU runs at once, (BLOCK,
     LANES), options of the compiler. registers: how many a thread has for its logits; threads: of a
-    program, if it is not to be chosen."""
+    program, 0 where they are chosen here."""
     # Only vector loads leave two 16-bit logits in a register.
     most, least = (registers * 4 // size, 16 // size) if aligned else (registers, 1)
     row = 1 << (vocab - 1).bit_length()
@@ -146,16 +130,12 @@ def _launch(
     *constants: Any,
     aligned: tuple[bool, ...],
     registers: int = 32,
+    threads: int = 0,
 ) -> None:
-    """On torch's current stream of x's device. Rows in order: the grid is a part of them, and each
-    program goes on to the row that many further."""
-    index = x.get_device()
-    if index >= 0 and index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            return _launch(name, x, arguments, *constants, aligned=aligned, registers=registers)
-    vocab, size, how = x.shape[-1], x.element_size(), launch.current()
+    """Each program walks down the rows with the number of programs as its stride."""
+    vocab, size, device = x.shape[-1], x.element_size(), _device(x.get_device())
     programs, shape, options = launch_shape(
-        name, vocab, size, aligned[0], registers, _device(index), how.program_threads
+        name, vocab, size, aligned[0], registers, device, threads
     )
     constants = (*constants, *aligned, aligned[0] and vocab * size % 16 == 0, *shape)
     _run(kernels, name, x, arguments, constants, min(row_count(x), programs), options)
@@ -170,9 +150,13 @@ def _run(
     programs: int,
     options: dict[str, Any],
 ) -> None:
-    """On torch's current stream of the current device, which is x's."""
+    """On torch's current stream of x's device."""
+    index = x.get_device()
+    if index >= 0 and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return _run(module, name, x, arguments, constants, programs, options)
     grid = (programs, 1, 1)
-    key = (name, x.get_device(), x.dtype, constants, tuple(map(type, arguments)))
+    key = (name, index, x.dtype, constants, tuple(map(type, arguments)))
     arguments = (*arguments, *constants)
     if key in _compiled:
         compiled, count = _compiled[key]
@@ -186,11 +170,12 @@ def _run(
 def fused(
     logits: Tensor,
     gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
-    rows: Rows,
-    tokens: Tokens,
+    rows: records.Rows,
+    tokens: records.Tokens,
     numbers: Numbers,
-    options: Options,
-    results: Results,
+    options: records.Options,
+    results: records.Results,
+    threads: int = 0,  # of a program; 0: as launch_shape chooses
 ) -> None:
     surrogate, divergence, *values = numbers
     results = results._replace(entropy=_filled(results.entropy))
@@ -227,10 +212,13 @@ def fused(
         numbers.penalty_coef != 0,
         aligned=(aligned, dx_aligned, old_aligned),
         registers=registers,
+        threads=threads,
     )
 
 
-def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStats) -> None:
+def row_stats(
+    logits: Tensor, targets: records.Targets, options: records.Options, stats: records.RowStats
+) -> None:
     strides, aligned = _layout(logits)
     mask = None if targets.mask is None else targets.mask.view(torch.uint8)
     _launch(
@@ -254,7 +242,7 @@ def row_stats(logits: Tensor, targets: Targets, options: Options, stats: RowStat
 def row_gradient(
     logits: Tensor,
     gradient: Tensor,  # like logits, or logits itself
-    coefficients: RowCoefficients,
+    coefficients: records.RowCoefficients,
     factor: Tensor | None,
     temperature: float,
 ) -> None:
@@ -293,10 +281,6 @@ _VALUES = 4  # that token_weights can spread
 def _launch_small(
     name: str, x: Tensor, programs: int, arguments: tuple[Any, ...], *constants: Any
 ) -> None:
-    index = x.get_device()
-    if index >= 0 and index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            return _launch_small(name, x, programs, arguments, *constants)
     if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in arguments):
         raise TypeError(f"{name} takes float32 for Triton's kernels, got float64")
     block, warps = _SMALL[name]
@@ -313,7 +297,10 @@ def _number(x: int | None) -> float | None:
 
 
 def token_weights(
-    grouping: Grouping, values: list[Tensor], responses: Responses, spread: list[Tensor]
+    grouping: records.Grouping,
+    values: list[Tensor],
+    responses: records.Responses,
+    spread: list[Tensor],
 ) -> None:
     if len(values) > _VALUES:
         raise ValueError(f"token_weights spreads up to {_VALUES} values, got {len(values)}")
@@ -326,6 +313,8 @@ def token_weights(
         (
             None if grouping.mask is None else grouping.mask.view(torch.uint8),
             grouping.lengths,
+            grouping.response_lengths,
+            grouping.weights,
             _number(grouping.num_responses),
             _number(grouping.num_tokens),
             _number(grouping.max_length),
@@ -352,12 +341,12 @@ def token_weights(
 
 
 def decide(
-    read: Read,
-    tokens: Tokens,
+    read: records.Read,
+    tokens: records.Tokens,
     numbers: Numbers,
-    groups: RatioGroups,
-    decisions: Decisions,
-    coefficients: Coefficients,
+    groups: records.RatioGroups,
+    decisions: records.Decisions,
+    coefficients: records.Coefficients,
 ) -> None:
     rows, count = read.logprobs.numel(), groups.lengths.numel()
     surrogate, divergence, *values = numbers
@@ -387,7 +376,7 @@ def decide(
     )
 
 
-def finish(results: Results, responses: Responses, totals: Totals) -> None:
+def finish(results: records.Results, responses: records.Responses, totals: records.Totals) -> None:
     count = responses.lengths.numel()
     _launch_small(
         "finish",
@@ -400,10 +389,10 @@ def finish(results: Results, responses: Responses, totals: Totals) -> None:
             results.ratio,
             results.clipped,
             responses.weights,
+            responses.mask.view(torch.uint8),
             responses.offsets,
             responses.lengths,
             *totals,
             results.token_loss.numel(),
-            count,
         ),
     )

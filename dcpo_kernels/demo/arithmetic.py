@@ -15,9 +15,9 @@ from dcpo_kernels.train.data import Problem
 LARGEST = 20  # no running total is larger, or below 0
 MAX_NEW_TOKENS = 10
 
-# How the demonstrations answer: like text found lying about. Most guess, and are off by a little;
-# some work it out, total by total, and are right; some forget the format. What is worth imitating
-# is for the reward to tell.
+# How the demonstrations answer, as text from the web might: most guess and are off by a little,
+# some work it out total by total and are right, some forget the format. Only the reward tells which
+# style is worth imitating.
 STYLES = {"guessed": 0.5, "worked": 0.35, "unformatted": 0.15}
 GUESSED_RIGHT = 0.1
 
@@ -77,7 +77,7 @@ def as_problems(sums: list[Sum], first_index: int) -> list[Problem]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """One token per word."""
     special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
     words = [*special, "+", "-", "answer", r"\boxed{", "}", *map(str, range(LARGEST + 1))]
     backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|pad|>"))

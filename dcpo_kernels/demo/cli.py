@@ -11,30 +11,13 @@ from dcpo_kernels.train.config import recipes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    methods = list(recipes())
-    add = parser.add_argument
-    add(
-        "--output-dir",
-        type=Path,
-        default=Path("dcpo-demo"),
-        help="gets problems, metrics, table and plots",
-    )
+    add, methods = parser.add_argument, list(recipes())
+    add("--output-dir", type=Path, default=Path("dcpo-demo"), help="for problems, metrics, plots")
     add("--seed", type=int, default=0)
-    add(
-        "--minutes",
-        type=float,
-        default=5.0,
-        help="wall-clock budget; training stops cleanly before it",
-    )
+    add("--minutes", type=float, default=5.0, help="of wall clock; training stops before it")
     add("--steps", type=int, default=60, help="training steps of each method")
-    add(
-        "--methods",
-        nargs="+",
-        choices=methods,
-        default=["grpo", "dcpo"],
-        metavar="METHOD",
-        help=", ".join(methods),
-    )
+    two = {"nargs": "+", "default": ["grpo", "dcpo"]}
+    add("--methods", **two, choices=methods, metavar="METHOD", help=", ".join(methods))
     add("--problems", type=int, default=1024, help="problems to train on")
     add("--heldout", type=int, default=256, help="problems to evaluate on")
     add("--samples", type=int, default=8, help="k of the sampled Avg@k at the end")

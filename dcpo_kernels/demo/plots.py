@@ -16,23 +16,14 @@ from dcpo_kernels.files import written_whole
 from dcpo_kernels.train.clock import PHASES
 
 COLORS = ("#d1495b", "#00798c", "#edae49", "#30638e", "#5c4d7d")  # methods
-PALE = (
-    "#fbb4ae",
-    "#b3cde3",
-    "#ccebc5",
-    "#decbe4",
-    "#222222",
-    "#ffe9a8",
-    "#e5d8bd",
-    "#eeeeee",
-)  # phases
+PALE = ("#fbb4ae", "#b3cde3", "#ccebc5", "#decbe4", "#222222", "#ffe9a8", "#e5d8bd", "#eeeeee")
 
 CURVES = (
     ("reward", "training reward", 1),
     ("heldout_accuracy", "held-out accuracy, sampled, %", 100),
     ("rur", "response utilization ratio (RUR), %", 100),
     ("tcr", "token clipping ratio (TCR), %", 100),
-    ("entropy", "entropy, nats a token", 1),
+    ("entropy", "entropy, nats per token", 1),
 )
 
 
@@ -80,7 +71,7 @@ def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
 
 
 def _plot_time(axis: Any, costs: dict[str, dict[str, float]], histories: Histories) -> None:
-    """Milliseconds a response token by phase: as it ran, and with plain PyTorch's loss."""
+    """Milliseconds per response token by phase: as it ran, and with plain PyTorch's loss."""
     bars: dict[str, dict[str, float]] = {}
     for name, history in histories.items():
         tokens = sum(line["tokens"] for line in history)
@@ -90,7 +81,7 @@ def _plot_time(axis: Any, costs: dict[str, dict[str, float]], histories: Histori
         if name in costs:
             plain = 1e3 * costs[name]["plain"]
             bars[f"{name}\nplain"] = {**bars[f"{name}\nour op"], "loss": plain}
-    axis.set_title("time of a step, ms a token")
+    axis.set_title("time of a step, ms per token")
     bottoms = [0.0] * len(bars)
     for phase, color in zip((*PHASES, "other"), PALE, strict=True):
         heights = [phases.get(phase, 0.0) for phases in bars.values()]

@@ -1,4 +1,4 @@
-"""A bar where someone watches, a line now and then where a log is kept."""
+"""A progress bar on a terminal; in a log a line every few seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Advance = Callable[[int, str], None]
 
 @contextmanager
 def progress(console: Console, title: str, total: int) -> Iterator[Advance]:
-    """Gives advance(steps, text): steps more are done, and what is worth saying of them."""
+    """Gives advance(steps, text), to be told of steps done and the text to show beside them."""
     if console.is_terminal:
         columns = (
             TextColumn("{task.description:<22}"),

@@ -45,11 +45,7 @@ def loss_shares(
 
 def make_rows(results: dict[str, Any], histories: Histories) -> list[Row]:
     """Every number of the table that there is."""
-    before, after, costs = (
-        results.get("before", {}),
-        results.get("after", {}),
-        results.get("loss_seconds", {}),
-    )
+    before, after, costs = (results.get(x, {}) for x in ("before", "after", "loss_seconds"))
     histories = {name: history for name, history in histories.items() if history}
     rows: list[Row] = []
 
@@ -75,14 +71,10 @@ def make_rows(results: dict[str, Any], histories: Histories) -> list[Row]:
     trained("RUR, mean over the run", "rur", "percent", "higher")
     trained("TCR, mean over the run", "tcr", "percent", "lower")
     if histories:
-        start = {name: Value(history[0]["entropy"]) for name, history in histories.items()}
-        end = {
-            name: mean_over_steps(history[-5:], "entropy") for name, history in histories.items()
-        }
-        rows.append(
-            Row("entropy, last 5 steps, nats", next(iter(start.values())), end, "number", "")
-        )
-    trained("response tokens a second, whole step", "tokens_per_second", "number", "")
+        start = Value(next(iter(histories.values()))[0]["entropy"])
+        end = {name: mean_over_steps(h[-5:], "entropy") for name, h in histories.items()}
+        rows.append(Row("entropy, last 5 steps, nats", start, end, "number", ""))
+    trained("response tokens per second, whole step", "tokens_per_second", "number", "")
     shared = {n: loss_shares(h, costs[n]) for n, h in histories.items() if n in costs}
     if shared:
         for way, label in (("ours", "our op"), ("plain", "plain PyTorch")):
@@ -94,9 +86,8 @@ def make_rows(results: dict[str, Any], histories: Histories) -> list[Row]:
             ("plain", "plain PyTorch"),
         ):
             values = {name: Value(1e6 * costs[name][way]) for name in shared}
-            rows.append(
-                Row(f"loss and its gradient, us a token, {label}", None, values, "number", "")
-            )
+            label = f"loss and its gradient, us per token, {label}"
+            rows.append(Row(label, None, values, "number", ""))
     return rows
 
 
@@ -138,13 +129,9 @@ def verdict(rows: Sequence[Row], methods: Sequence[str]) -> str:
     ahead = {row.label: leader(row) for row in rows if leader(row)}
     parts = []
     for name in (*methods, "even"):
-        labels = [
-            label.partition(",")[0] if "accuracy" not in label else label
-            for label, who in ahead.items()
-            if who == name
-        ]
-        if labels:
-            parts.append(
-                f"{'Even' if name == 'even' else name + ' is ahead'}: {'; '.join(labels)}."
-            )
+        labels = [label for label, who in ahead.items() if who == name]
+        short = [x if "accuracy" in x else x.partition(",")[0] for x in labels]
+        if short:
+            start = "Even" if name == "even" else f"{name} is ahead"
+            parts.append(f"{start}: {'; '.join(short)}.")
     return " ".join(parts)

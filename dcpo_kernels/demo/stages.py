@@ -10,6 +10,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,17 +49,16 @@ class Demo:
         self.console = Console()
         if not self.console.is_terminal:
             self.console.width = 120
-        common = {
-            "prompts_per_step": args.prompts_per_step,
-            "group_size": args.group_size,
-            "minibatches": args.minibatches,
-            "micro_batch_size": 64,
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "learning_rate": args.learning_rate,
-            "seed": args.seed,
-        }
-        self.configs = {name: recipes(**common)[name] for name in dict.fromkeys(args.methods)}
+        same = ("prompts_per_step", "group_size", "minibatches", "learning_rate", "seed")
+        ready = recipes(
+            micro_batch_size=64,
+            max_new_tokens=MAX_NEW_TOKENS,
+            **{name: getattr(args, name) for name in same},
+        )
+        self.configs = {name: ready[name] for name in dict.fromkeys(args.methods)}
         self.tokenizer = make_tokenizer()
+        of_demo: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "seed": args.seed}
+        self.evaluate = partial(evaluate, tokenizer=self.tokenizer, **of_demo)
         for option, least, most in (
             ("minutes", 0, 1e6),
             ("steps", 0, 10**6),
@@ -109,9 +109,8 @@ class Demo:
             for name, trainer in trainers.items():
                 after[name] = self.evaluated(trainer.model, heldout, f"evaluation, {name}")
         with self.stage("loss beside plain PyTorch"):
-            self.results["loss_seconds"] = {
-                n: loss_seconds(t) for n, t in trainers.items() if t.last
-            }
+            ran = {name: trainer for name, trainer in trainers.items() if trainer.last}
+            self.results["loss_seconds"] = {name: loss_seconds(t) for name, t in ran.items()}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -160,20 +159,9 @@ class Demo:
     def evaluated(self, model: Any, heldout: list[Problem], title: str) -> dict[str, Any]:
         done = {}
         with progress(self.console, title, 2 * len(heldout)) as advance:
-            for kind, samples, temperature in (
-                ("greedy", 1, 0.0),
-                ("sampled", self.args.samples, 1.0),
-            ):
-                done[kind] = evaluate(
-                    model,
-                    self.tokenizer,
-                    heldout,
-                    samples=samples,
-                    temperature=temperature,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    seed=self.args.seed,
-                    advance=lambda n: advance(n, ""),
-                )._asdict()
+            for kind, k, T in (("greedy", 1, 0.0), ("sampled", self.args.samples, 1.0)):
+                how = {"samples": k, "temperature": T, "advance": lambda n: advance(n, "")}
+                done[kind] = self.evaluate(model, problems=heldout, **how)._asdict()
                 advance(0, f"{kind} accuracy {100 * done[kind]['accuracy']:.1f} %")
         return done
 
@@ -190,15 +178,8 @@ class Demo:
         }
 
         def curve(model: Any) -> dict[str, float]:
-            part, k = heldout[:CURVE_PROBLEMS], CURVE_SAMPLES
-            done = evaluate(
-                model,
-                self.tokenizer,
-                part,
-                samples=k,
-                max_new_tokens=MAX_NEW_TOKENS,
-                seed=args.seed,
-            )
+            part = heldout[:CURVE_PROBLEMS]
+            done = self.evaluate(model, problems=part, samples=CURVE_SAMPLES)
             return {"heldout_accuracy": done.accuracy}
 
         after = 15 + 2 * len(trainers) * self.results["seconds"]["evaluation before"]

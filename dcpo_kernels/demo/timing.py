@@ -10,46 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcpo_kernels.decide import decide
+from dcpo_kernels.bench import plain
 from dcpo_kernels.losses import policy_loss
-from dcpo_kernels.objective import Objective
-from dcpo_kernels.responses import token_weights
 from dcpo_kernels.train.batch import collate, response_logits
 from dcpo_kernels.train.step import Trainer
 
 
-def plain_loss(
-    logits: Tensor,
-    target_ids: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    lengths: Tensor,
-    objective: Objective,
-    temperature: float,
-    num_responses: int,
-    num_tokens: int,
-    max_length: int,
-) -> Tensor:
-    """What a loop without a fused loss does: log_softmax, gather, surrogate, and autograd."""
-    if temperature != 1:
-        logits = logits / temperature
-    logprobs = torch.log_softmax(logits.float(), -1).gather(-1, target_ids[:, None])[:, 0]
-    log_ratio = None
-    if objective.ratio_level == "sequence":
-        moved = (logprobs - old_logprobs).detach()
-        means = torch.segment_reduce(moved, "mean", lengths=lengths)
-        log_ratio = means.repeat_interleave(lengths)
-    per_token = advantages.repeat_interleave(lengths)
-    token_loss = decide(
-        objective.numbers, logprobs, old_logprobs, per_token, log_ratio=log_ratio
-    ).loss
-    weights = token_weights(lengths, objective.aggregation, num_responses, num_tokens, max_length)
-    return torch.dot(weights, token_loss)
-
-
 def loss_seconds(trainer: Trainer, repetitions: int = 5) -> dict[str, float]:
-    """Seconds a response token for the loss and its gradient in the logits.
+    """Seconds per response token for the loss and its gradient in the logits.
 
     "ours" as the run calls it, "every_row" without leaving out rows of advantage 0, "plain" in
     plain PyTorch, which leaves out none. On a micro-batch of the last step; medians of repetitions
@@ -84,7 +52,7 @@ def loss_seconds(trainer: Trainer, repetitions: int = 5) -> dict[str, float]:
             policy_loss(x, *data, **arguments, inplace=True, skip_zero_advantage=True).loss
         ),
         "every_row": lambda x: policy_loss(x, *data, **arguments, inplace=True).loss,
-        "plain": lambda x: plain_loss(x, *data, **arguments),
+        "plain": lambda x: plain.policy_loss(*data, **arguments)(x),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repetition in range(repetitions + 1):

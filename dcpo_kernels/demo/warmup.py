@@ -89,7 +89,7 @@ def warm_up(
             loss = imitate(model, optimizer, demonstrations(), LEARNING_RATE * rate)
             made += 1
             advance(1, f"loss {loss:.2f}")
-    # These push the new rows out of the way.
+    # These steps teach the model that the new rows are never the answer.
     pad_vocabulary(model, vocab_size, tokenizer.convert_tokens_to_ids("<|pad|>"))
     optimizer = _optimizer(model)
     for _ in range(PADDED_STEPS):
@@ -100,7 +100,7 @@ def warm_up(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For work so small that threads would spend their time waiting for each other."""
+    """For work so small that several threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -21,23 +21,21 @@ from dcpo_kernels.ops.records import (
 
 
 def _results(logits: Tensor, options: Options) -> Results:
-    def new(shape, dtype):
-        return torch.empty(shape, dtype=dtype, device=logits.device)
-
-    shape, dtype = logits.shape[:-1], result_dtype(logits)
+    shape = logits.shape[:-1]
+    token_loss = logits.new_empty(shape, dtype=result_dtype(logits))
+    new = token_loss.new_empty
     return Results(
-        token_loss=new(shape, dtype),
-        logprobs=new(shape, dtype),
-        entropy=new(shape if options.with_entropy else (0,), dtype),
-        ratio=new(shape, dtype),
-        clipped=new(shape, torch.int8),
+        token_loss=token_loss,
+        logprobs=new(shape),
+        entropy=new(shape if options.with_entropy else 0),
+        ratio=new(shape),
+        clipped=new(shape, dtype=torch.int8),
     )
 
 
 def _gradient(logits: Tensor, with_gradient: bool) -> Tensor:
     """Contiguous, whatever the logits are."""
-    shape = logits.shape if with_gradient else (0,)
-    return torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty(logits.shape if with_gradient else 0)
 
 
 def _run(

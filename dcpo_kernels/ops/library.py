@@ -33,6 +33,7 @@ _DTYPES = {
     "topk_ids": (torch.int64,),
     "mask": (torch.bool, torch.uint8),
     "lengths": (torch.int64,),
+    "response_lengths": (torch.int64,),
     "offsets": (torch.int64,),
     "clipped": (torch.int8,),
 }

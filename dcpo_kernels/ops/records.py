@@ -31,6 +31,8 @@ class Tokens(NamedTuple):
     weights: Tensor  # 0: the row is not read, its results are 0 and its ratio 1
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
+    log_ratio: Tensor | None = None  # that the ratio is taken from; None: logp - old_logp
+    entropy_weights: Tensor | None = None  # of the entropy term, times the weight; None: 1
 
 
 class Options(NamedTuple):
@@ -94,6 +96,8 @@ class Grouping(NamedTuple):
     skip_zero: Tensor | None  # [N] or [R] float32: where it is 0, the weight is
     skip_by_response: bool  # skip_zero is [R]
     skip_whole_responses: bool  # only where it is 0 for all tokens of the response that count
+    response_lengths: Tensor | None = None  # [R] int64 of whole responses; None: all is here
+    weights: Tensor | None = None  # [N] float32, in the place of the aggregation's
 
 
 class Responses(NamedTuple):
@@ -102,7 +106,7 @@ class Responses(NamedTuple):
     weights: Tensor  # [N] float32
     mask: Tensor  # [N] bool: the token counts
     offsets: Tensor  # [R + 1] int64: response i has the rows from offsets[i] to offsets[i + 1]
-    lengths: Tensor  # [R] int64: tokens of each response that count
+    lengths: Tensor  # [R] int64: tokens of each response that count, in other calls too
 
 
 class Value(NamedTuple):

@@ -14,15 +14,12 @@ from dcpo_kernels.responses import check_totals
 
 def _responses(shape, grouping: Grouping, device: torch.device) -> Responses:
     count = shape[0] if grouping.lengths is None else grouping.lengths.shape[0]
-
-    def new(shape, dtype):
-        return torch.empty(shape, dtype=dtype, device=device)
-
+    offsets = torch.empty(count + 1, dtype=torch.int64, device=device)
     return Responses(
-        weights=new(shape, torch.float32),
-        mask=new(shape, torch.bool),
-        offsets=new((count + 1,), torch.int64),
-        lengths=new((count,), torch.int64),
+        weights=offsets.new_empty(shape, dtype=torch.float32),
+        mask=offsets.new_empty(shape, dtype=torch.bool),
+        offsets=offsets,
+        lengths=offsets.new_empty(count),
     )
 
 
@@ -37,7 +34,14 @@ def _launch(like, *flat):
     count = responses.lengths.numel()
     skip_count = count if grouping.skip_by_response else shape.numel()
     check_tensors(
-        responses.weights, grouping, 1, mask=shape.numel(), lengths=count, skip_zero=skip_count
+        responses.weights,
+        grouping,
+        1,
+        mask=shape.numel(),
+        lengths=count,
+        response_lengths=count,
+        weights=shape.numel(),
+        skip_zero=skip_count,
     )
     for x in values:
         check_tensors(responses.weights, Value(x), count)

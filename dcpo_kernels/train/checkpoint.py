@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped: a directory, there whole or not at all."""
+"""Checkpoints: a directory with all that a run needs to resume, written whole or not at all."""
 
 from __future__ import annotations
 

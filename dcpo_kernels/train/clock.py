@@ -13,7 +13,7 @@ PHASES = ("rollout", "rewards", "old_logprobs", "forward", "loss", "backward", "
 
 
 class Clock:
-    """Seconds by phase. On a GPU a phase ends when its kernels have."""
+    """Seconds by phase. On a GPU a phase ends when its kernels have ended."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

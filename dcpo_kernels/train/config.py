@@ -1,4 +1,4 @@
-"""What a run is told: one frozen dataclass, and ready ones by method."""
+"""The configuration of a run: a frozen dataclass, and ready-made ones by method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TrainConfig:
         left (DAPO), at most sampling_rounds times.
     minibatches: optimizer steps per rollout. With one, every ratio is 1 and nothing ever clips.
     micro_batch_size: responses in one forward pass. Changes memory and time, not the result.
-    temperature: of sampling and of the trained policy alike: they are one distribution.
+    temperature: of the rollouts, and of the policy in the loss: both are one distribution.
     """
 
     objective: Objective
@@ -82,7 +82,7 @@ class TrainConfig:
 
 
 def recipes(**common: Any) -> dict[str, TrainConfig]:
-    """A ready config by method; `common` fields (sizes, learning rate, seed) are those of all."""
+    """A ready-made config by method; all share the `common` fields (sizes, learning rate, seed)."""
     return {
         "dcpo": TrainConfig(objective=dcpo(), advantage="smooth", **common),
         "grpo": TrainConfig(objective=grpo(), **common),

@@ -106,7 +106,7 @@ def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
         rows = [] if missing else table.select(list(COLUMNS)).to_pylist()
     except FileNotFoundError:
         raise
-    except Exception as error:  # damage shows anywhere, and not as pyarrow's own errors alone
+    except Exception as error:  # a damaged file raises more than pyarrow's own errors
         raise ProblemError(f"{path}: not a readable parquet file: {error}") from error
     if missing:
         raise ProblemError(
@@ -129,19 +129,8 @@ def write_problems(path: str | os.PathLike[str], problems: Iterable[Problem]) ->
         for p in problems
     ]
     _check(rows, path)
-    index = pa.int64() if isinstance(rows[0]["extra_info"]["index"], int) else pa.string()
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    schema = pa.schema(
-        [
-            ("data_source", pa.string()),
-            ("prompt", pa.list_(message)),
-            ("ability", pa.string()),
-            ("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
-            ("extra_info", pa.struct([("index", index)])),
-        ]
-    )
     with written_whole(path) as new:
-        pq.write_table(pa.Table.from_pylist(rows, schema), new)
+        pq.write_table(pa.Table.from_pylist(rows), new)
 
 
 class ProblemOrder:

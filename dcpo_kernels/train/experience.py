@@ -24,12 +24,12 @@ class Experience(NamedTuple):
     rollout: Rollout
     advantages: Tensor  # [R]
     old_logprobs: list[Tensor]  # of each response's tokens
-    entropy: float  # of the policy that sampled, nats a token
+    entropy: float  # of the policy that sampled, nats per token
     rewards: Tensor  # of all that was sampled, groups that dynamic sampling dropped included
 
 
 class Sampler:
-    """The side of training that answers problems, and what it remembers from step to step."""
+    """Samples responses and prepares what a step learns from; keeps the state of sampling."""
 
     def __init__(
         self, model: Any, tokenizer: Any, problems: Sequence[Problem], config: TrainConfig

@@ -1,4 +1,4 @@
-r"""The judge: a process of its own, in which math-verify compares answers and none can hurt.
+r"""The judge: a process of its own, where math-verify compares answers and none can do harm.
 
 One answer (10^{10^{10}}) can keep sympy busy for ever, inside a call that no thread and no signal
 handler of Python's interrupts, or take all memory. So each pair is compared in a worker of its own,
@@ -23,7 +23,7 @@ SECONDS = 0.5  # of processor time per answer: ten times what most take
 # Once this many answers of a batch met the limit, the others have less time.
 SLOW, SECONDS_LEFT = 16, 0.1
 MEMORY = 1 << 30  # bytes of address space; a worker starts with 70 MB
-STUCK = 30.0  # seconds in which no worker answered: they wait for something
+STUCK = 30.0  # seconds without an answer from any worker: they are deadlocked
 WORKERS = min(16, len(os.sched_getaffinity(0)))
 
 # Brings math-verify's caches in place before the first fork.
@@ -50,7 +50,7 @@ def compare(
     result: Connection, inherited: list[Connection], pair: list[str], seconds: float
 ) -> None:
     """In a worker: sends the verdict on a pair, or is ended by a limit before it can."""
-    for other in inherited:  # held open here, they would hide that their owner is gone
+    for other in inherited:  # copies held open here would hide that the other end is gone
         other.close()
     quiet = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
@@ -85,7 +85,7 @@ def judge(client: Connection, pairs: list[list[str]]) -> list[bool | None]:
             theirs.close()
             workers[result] = process, i, seconds
         ready = wait([client, *workers], STUCK)
-        if client in ready:  # it waits for this answer: it has nothing to say
+        if client in ready:  # its connection was closed: while it waits it sends nothing
             raise EOFError
         for result in [w for w in workers if w in ready or not ready]:
             process, i, seconds = workers.pop(result)

@@ -74,8 +74,8 @@ def train(
 ) -> dict[str, list[Metrics]]:
     """Brings every trainer to `steps` steps. Returns the metrics by name of trainer.
 
-    They also go to output_dir/NAME/metrics.jsonl, a line a step. The trainers take turns, a step
-    each, so that they have had the same budget whenever it ends.
+    They also go to output_dir/NAME/metrics.jsonl, one line per step. The trainers take turns step
+    by step, so that they have had the same budget whenever it ends.
 
     deadline: on time.monotonic; a round that would not be over by then is not begun.
     evaluation: of a model, every `evaluate_every` steps; its numbers join that step's metrics.

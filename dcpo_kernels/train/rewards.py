@@ -38,7 +38,7 @@ def boxed_answer(text: str) -> str | None:
 
 
 def at_a_glance(answer: str, ground_truth: str) -> bool | None:
-    """Whether two answers are equal, None where it takes mathematics to tell."""
+    """Whether two answers are equal; None where math-verify has to decide."""
     if answer == ground_truth:
         return True
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(ground_truth):
@@ -137,7 +137,7 @@ def score(responses: Sequence[str], ground_truths: Sequence[str]) -> list[float]
     pairs = list(zip(answers, ground_truths, strict=True))
     equal = {(a, t): at_a_glance(a, t) for a, t in pairs if a is not None}
     unclear = [pair for pair, verdict in equal.items() if verdict is None]
-    if unclear:  # or else another thread's batch would be waited for
+    if unclear:  # else nothing has to wait for another thread's batch
         equal.update(zip(unclear, _judge(unclear), strict=True))
     return [UNFORMATTED if a is None else RIGHT if equal[a, t] else WRONG for a, t in pairs]
 

@@ -70,7 +70,7 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
 def sample(
     logits: Tensor, temperature: float, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """One token a row from softmax(logits / temperature), and its log-probability.
+    """One token per row from softmax(logits / temperature), and its log-probability.
 
     By the inverse of the distribution function, a block of the vocabulary first and a token inside
     it second. torch.multinomial draws a number per entry where this draws one per row. On two x86
@@ -97,10 +97,8 @@ def sample(
 
 
 def _find(masses: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of a row's masses [rows, n], laid end to end, a point [rows, 1] meets, and how far in.
-
-    Never into an empty one.
-    """
+    """The interval that holds a point [rows, 1], and the offset in it: a row's masses [rows, n] are
+    intervals laid end to end. Never an empty one."""
     ends = masses.cumsum(-1)
     below = torch.nextafter(ends[:, -1:], torch.zeros_like(point))
     point = torch.minimum(point, below).clamp(min=0)

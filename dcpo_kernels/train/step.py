@@ -9,6 +9,7 @@ import torch
 
 from dcpo_kernels.losses import policy_loss
 from dcpo_kernels.metrics import response_utilization_ratio, summarize
+from dcpo_kernels.objective import CLIPPED
 from dcpo_kernels.train.batch import collate, response_logits
 from dcpo_kernels.train.clock import PHASES, Clock
 from dcpo_kernels.train.config import TrainConfig
@@ -29,12 +30,8 @@ class Trainer:
         self.tokenizer = tokenizer
         self.config = config
         self.sampler = Sampler(model, tokenizer, problems, config)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        lr, decay = config.learning_rate, config.weight_decay
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=True)
         self.steps = 0
         self.last: Experience | None = None
 
@@ -101,7 +98,7 @@ class Trainer:
         """An optimizer step on what `accumulate` left; returns the norm of the gradient."""
         limit = self.config.max_grad_norm
         if self.config.objective.aggregation == "only-token-mean":
-            # OTM (DCPO eq. 8) adds up responses where the others average: one limit for all
+            # OTM (DCPO eq. 8) sums over responses where the others average: so one limit serves all
             limit *= responses
         with clock("optimizer"):
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -142,10 +139,7 @@ def _measured(experience: Experience, summaries: Sequence[Metrics]) -> Metrics:
         "response_length": sum(map(len, rollout.responses)) / len(rollout),
         "rur": float(used) / len(rewards),  # what dynamic sampling dropped was not used either
         "tcr": mean("token_clipping_ratio"),
-        "clip_high": mean("clip_high"),
-        "clip_low": mean("clip_low"),
-        "clip_cap": mean("clip_cap"),
-        "clip_region": mean("clip_region"),
+        **{f"clip_{side}": mean(f"clip_{side}") for side in CLIPPED[1:]},
         "entropy": experience.entropy,
         "approx_kl": divergence / max(read, 1),
         "ratio_min": min(s["ratio_min"] for s in summaries),

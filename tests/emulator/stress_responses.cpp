@@ -84,11 +84,14 @@ void run() {
   const bool by_response = coin(), whole = coin(), skip = coin();
   const Floats skip_zero = with_zeros(normal(by_response ? count : rows)), values = normal(count);
   const float total = 1e6f;
+  std::vector<int64_t> whole_lengths(count);
+  for (int64_t& n : whole_lengths) n = pick(0, 30);
+  const Floats given = with_zeros(normal(rows));
 
   Out found(rows, count), wanted(rows, count);
   const Grouping grouping{coin() ? mask.data() : nullptr,
                           padded ? nullptr : lengths.data(),
-                          static_cast<int>(pick(0, 4)),
+                          static_cast<int>(pick(0, 5)),
                           coin() ? kAsCounted : 100000,
                           coin() ? kAsCounted : 0,
                           10000,
@@ -97,7 +100,9 @@ void run() {
                           nullptr,
                           skip ? skip_zero.data() : nullptr,
                           by_response,
-                          skip && whole};
+                          skip && whole,
+                          coin() ? whole_lengths.data() : nullptr,
+                          coin() ? given.data() : nullptr};
   auto token_weights = [&](Out& o) {
     return TokenWeightsArgs{rows,
                             count,
@@ -129,6 +134,8 @@ void run() {
                       wanted.weights.data(),
                       old.data(),
                       with_importance ? advantages.data() : nullptr,
+                      coin() ? old.data() : nullptr,
+                      coin() ? advantages.data() : nullptr,
                       numbers,
                       decided_by_response,
                       wanted.offsets.data(),
