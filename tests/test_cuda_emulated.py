@@ -44,9 +44,9 @@ def test_golden_batches_in_a_cluster(name, dtype, blocks, emu, hold):
     entry = golden.BATCHES[name]
     a = golden.arrays(entry)
     draw = torch.Generator().manual_seed(entry["vocab"])
-    at = torch.randperm(3000, generator=draw)[: entry["vocab"]].sort().values
+    at = torch.randperm(8192, generator=draw)[: entry["vocab"]].sort().values
     for key, fill in (("logits", -INF), ("dlogits", 0.0)):
-        narrow, a[key] = a[key], torch.full((entry["tokens"], 3000), fill, dtype=a[key].dtype)
+        narrow, a[key] = a[key], torch.full((entry["tokens"], 8192), fill, dtype=a[key].dtype)
         a[key][:, at] = narrow
     a["target_ids"] = at[a["target_ids"]]
     hold(blocks)
@@ -93,6 +93,14 @@ def test_resident_in_any_order(seed, emu, hold):
     check(33280, DTYPES[seed % 3], rows=9, inplace=seed % 2 == 1, entropy=seed % 5 < 3)
 
 
+@pytest.mark.parametrize("blocks", [STREAMING, 1, 2, 4])
+def test_many_rows_to_a_multiprocessor(blocks, emu, hold, poisoned):
+    hold(blocks)
+    emu.set(multiprocessors=1)
+    for inplace in (False, True):
+        check(2056, torch.bfloat16, rows=25, inplace=inplace)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, vocab", [(torch.bfloat16, 151936), (torch.float32, 151936)])
 def test_real_vocabulary_by_the_table(dtype, vocab):
@@ -122,11 +130,11 @@ def test_same_bits_whatever_the_order_and_the_batch(emu, hold):
         arguments = {k: v[1:2] for k, v in p.arguments.items() if k not in ("lengths", "objective")
                      and isinstance(v, torch.Tensor)}  # fmt: skip
         alone = dk.policy_loss(
-            p.base[1:2].clone(), **arguments, lengths=[1], objective=dk.dcpo(entropy_coef=0.01),
-            backend="cuda",
+            p.base[1:2].clone().requires_grad_(), **arguments, lengths=[1],
+            objective=dk.dcpo(entropy_coef=0.01), backend="cuda",
         )  # fmt: skip
-        if blocks == STREAMING:  # no gradient is asked for: always that kernel
-            assert torch.equal(alone.logprobs, results[0][0][1:2])
+        assert torch.equal(alone.logprobs, results[0][0][1:2])
+        assert torch.equal(alone.entropy, results[0][1][1:2])
 
 
 def shifted_by(x, by):

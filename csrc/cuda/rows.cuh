@@ -30,13 +30,15 @@ struct Span {
 
 // ---- read ---------------------------------------------------------------------------------------
 
+constexpr float kLowest = -3.40282347e38f;  // finite
+
 // y = x log2(e) / T - m by a fused multiply-add, where m = max log2(e) / T, rounded. What rounding
 // took from m is missing in every y alike, in the maximum's own y too, and cancels: a row shifted
 // by 1e4 loses nothing. Where a float has no digits left for m, two logits that differ at all
 // differ by more than 64 in y; a power of two makes that so in place of log2(e) / T, exactly and
 // without an overflow. A maximum of -inf leaves every y at -inf.
 struct Exponent {
-  float scale, base;  // y = x scale - base
+  float scale = 1.0f, base = kLowest;  // y = x scale - base
 
   __device__ __forceinline__ float of(float x) const { return fmaf(x, scale, -base); }
 };
@@ -46,12 +48,12 @@ __device__ __forceinline__ Exponent exponent_of(float row_max, float scale) {
   if (!(fabsf(base) > 2147483648.0f)) return {scale, base};  // 2^31; also for a NaN
   const uint32_t exponent = __float_as_uint(row_max) & 0x7f800000u;
   const float power = __uint_as_float(((127u + 127u + 30u) << 23) - exponent);
-  return {power, fmaxf(row_max * power, -3.40282347e38f)};
+  return {power, fmaxf(row_max * power, kLowest)};
 }
 
 // The sums of a thread while it reads, the maximum's own term with them.
 struct Running {
-  Exponent y{0.0f, 0.0f};
+  Exponent y;
   float row_max = -INFINITY;
   float sum_exp = 0.0f;
   float sum_exp_z = 0.0f;
