@@ -69,7 +69,7 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
 
 
 def _variant(operator: Operator, inputs: Inputs, name: str) -> list[Implementation]:
-    if operator.name != "fused" or inputs.objective.ratio_level == "sequence":
+    if operator.name != "fused" or inputs.objective.by_response:
         return []  # another kernel is launched
     backend, argument, value = VARIANTS[name]
     plain = _ours(operator, inputs, backend)[0]

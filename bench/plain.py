@@ -57,7 +57,7 @@ def policy_loss(
         z = logits if temperature == 1 else logits / temperature
         logp = logprobs_of(z).flatten()
         entropy = log_ratio = divergence = None
-        if objective.ratio_level == "sequence":
+        if objective.by_response:
             moved = torch.where(counts, logp - old, 0.0)
             log_ratio = (moved.new_zeros(responses).index_add(0, index, moved) / tokens)[index]
         if given:

@@ -70,9 +70,11 @@ void fill(Args& args, const Field<Args> (&table)[n], const py::dict& given) {
 
 #define FIELD(name) DCPO_FIELD(Objective, name)
 inline const Field<Objective> kObjectiveFields[] = {
-    FIELD(surrogate), FIELD(divergence),   FIELD(eps_low),      FIELD(eps_high),
-    FIELD(ratio_max), FIELD(ratio_cap),    FIELD(limit_low),    FIELD(limit_high),
-    FIELD(kl_coef),   FIELD(entropy_coef), FIELD(penalty_coef),
+    FIELD(surrogate),    FIELD(divergence),   FIELD(kl_estimator), FIELD(old_kl_estimator),
+    FIELD(eps_low),      FIELD(eps_high),     FIELD(ratio_max),    FIELD(ratio_cap),
+    FIELD(floor_low),    FIELD(floor_high),   FIELD(power_low),    FIELD(power_high),
+    FIELD(limit_low),    FIELD(limit_high),   FIELD(kl_coef),      FIELD(old_kl_coef),
+    FIELD(entropy_coef), FIELD(penalty_coef),
 };
 #undef FIELD
 
@@ -184,25 +186,11 @@ inline const Field<TokenWeightsArgs> kTokenWeightsFields[] = {
 
 #define FIELD(name) DCPO_FIELD(DecideArgs, name)
 inline const Field<DecideArgs> kDecideFields[] = {
-    FIELD(rows),
-    FIELD(count),
-    FIELD(logprobs),
-    FIELD(entropy),
-    FIELD(objective),
-    FIELD(old_logprobs),
-    FIELD(advantages),
-    FIELD(weights),
-    FIELD(by_response),
-    FIELD(ref_logprobs),
-    FIELD(importance_weights),
-    FIELD(log_ratio),
-    FIELD(entropy_weights),
-    FIELD(offsets),
-    FIELD(lengths),
-    FIELD(token_loss),
-    FIELD(ratio),
-    FIELD(clipped),
-    FIELD(g),
+    FIELD(rows),        FIELD(count),           FIELD(logprobs),     FIELD(entropy),
+    FIELD(objective),   FIELD(old_logprobs),    FIELD(advantages),   FIELD(weights),
+    FIELD(by_response), FIELD(spread),          FIELD(ref_logprobs), FIELD(importance_weights),
+    FIELD(log_ratio),   FIELD(entropy_weights), FIELD(offsets),      FIELD(lengths),
+    FIELD(token_loss),  FIELD(ratio),           FIELD(clipped),      FIELD(g),
     FIELD(h),
 };
 #undef FIELD
@@ -239,6 +227,7 @@ inline void objective(py::module_& m) {
   };
   names("SURROGATES", kSurrogates);
   names("DIVERGENCES", kDivergences);
+  names("KL_ESTIMATORS", kKlEstimators);
   names("CLIPPED", kClipped);
   names("AGGREGATIONS", kAggregations);
   py::class_<Objective>(m, "Objective", py::module_local())

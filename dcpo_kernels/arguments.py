@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dcpo_kernels import backends
-from dcpo_kernels.objective import AGGREGATIONS, MAX_K, Objective
+from dcpo_kernels.objective import AGGREGATIONS, MAX_K, WHOLE_RESPONSE, Objective
 from dcpo_kernels.ops.library import check_places
 from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens, replaced
+from dcpo_kernels.presets import dcpo
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int64, torch.int32)
@@ -43,6 +44,23 @@ class Batch(NamedTuple):
     inplace: bool
 
 
+_DEFAULT = dcpo()
+
+
+def objective_of(objective: object) -> Objective:
+    """A preset, or a function that is one."""
+    if objective is None:
+        return _DEFAULT
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective):
+        raise TypeError(
+            f"objective must be an Objective such as dcpo(), or a function from TokenValues to a "
+            f"loss per token, got {objective!r}"
+        )
+    return Objective(getattr(objective, "__name__", "function"), function=objective)
+
+
 _NO_ROWS: Any = Rows(*[None] * len(Rows._fields))  # pyright: ignore[reportArgumentType]
 
 
@@ -68,8 +86,6 @@ def token_batch(
     backend: str,
 ) -> Batch:
     """What is said of tokens and responses."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective such as dcpo(), got {objective!r}")
     token_mask, row_lengths, all_ones = _grouping(logits, mask, lengths, objective)
     responses = logits.shape[0] if row_lengths is None else row_lengths.shape[0]
     by_response: dict[str, Tensor] = {}
@@ -96,21 +112,27 @@ def token_batch(
             f"entropy_weights are for the entropy term, and objective {objective.name} has none "
             "(entropy_coef=0)"
         )
+    has_reference = objective.kl_coef != 0 or objective.function is not None
     tokens = Tokens(
         old_logprobs=per_token("old_logprobs", old_logprobs),
         advantages=value("advantages", advantages),  # pyright: ignore[reportArgumentType]
         weights=None,  # pyright: ignore[reportArgumentType]
-        ref_logprobs=per_token("ref_logprobs", ref_logprobs) if objective.kl_coef != 0 else None,
+        ref_logprobs=per_token("ref_logprobs", ref_logprobs) if has_reference else None,
         importance_weights=value("importance_weights", importance_weights),
         log_ratio=None,
         entropy_weights=None,
     )
-    one_ratio = objective.ratio_level == "sequence"
+    one_ratio = objective.by_response
     if response_log_ratio is not None:
         if not one_ratio:
             raise ValueError(
                 f"response_log_ratio is for objectives with one ratio per response, and "
                 f"{objective.name} has one per token"
+            )
+        if objective.surrogate in WHOLE_RESPONSE:
+            raise ValueError(
+                f"response_log_ratio is not all that objective {objective.name} wants of a "
+                "response: each must be whole in a call"
             )
         by_response["log_ratio"] = _per_response(
             "response_log_ratio", response_log_ratio, logits, responses, FLOATS, torch.float32
@@ -120,7 +142,7 @@ def token_batch(
             raise ValueError(
                 f"response_lengths means that responses are not whole in this call, and objective "
                 f"{objective.name} takes one ratio of a whole response: pass response_log_ratio "
-                f"[{responses}] too, its mean log-ratio"
+                f"[{responses}] too, its log-ratio"
             )
         response_lengths = _integers("response_lengths", response_lengths)
         response_lengths = _per_response(
@@ -444,7 +466,7 @@ def _check_lengths(lengths: list[int], rows: int, objective: Objective) -> None:
         )
         raise ValueError(
             f"lengths add up to {sum(lengths)}, but there are {rows} rows of logits"
-            + (whole if objective.ratio_level == "sequence" else "")
+            + (whole if objective.by_response else "")
         )
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels import arguments, backends, ops
+from dcpo_kernels.function import TokenLoss, decide_by
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.objective import Objective
 from dcpo_kernels.ops.records import (
+    Options,
     RatioGroups,
     Read,
     Responses,
@@ -22,9 +24,6 @@ from dcpo_kernels.ops.records import (
     Targets,
     replaced,
 )
-from dcpo_kernels.presets import dcpo
-
-_DEFAULT = dcpo()
 
 
 class PolicyLoss(NamedTuple):
@@ -35,7 +34,7 @@ class PolicyLoss(NamedTuple):
     token_loss: Tensor  # before weighting, KL and entropy terms included
     logprobs: Tensor  # of the targets, under logits / temperature
     entropy: Tensor | None  # nats; None unless with_entropy or entropy_coef
-    ratio: Tensor  # exp(logprobs - old_logprobs), per response for ratio_level="sequence"
+    ratio: Tensor  # exp(logprobs - old_logprobs), per response for a ratio_level other than "token"
     clipped: Tensor  # int8: 0 none, 1 high, 2 low, 3 cap, 4 region
     response_loss: Tensor  # [R]: mean of token_loss over the response's tokens, 0 where it has none
     mask: Tensor  # bool: the token counts
@@ -152,7 +151,8 @@ def _decided(
     read: Read, batch: arguments.Batch, responses: Responses
 ) -> tuple[Results, Tensor, Tensor]:
     """Results, and the derivatives of the loss in the log-probabilities and in the entropy."""
-    groups = RatioGroups(batch.ratio_by_response, responses.offsets, responses.lengths)
+    spread = batch.ratio_by_response and batch.objective.ratio_level == "sequence"
+    groups = RatioGroups(batch.ratio_by_response, spread, responses.offsets, responses.lengths)
     token_loss, ratio, clipped, g, h = ops.decide(
         *read, *batch.tokens, *batch.objective.numbers, *groups, batch.backend
     )
@@ -216,6 +216,24 @@ class _TwoPasses(torch.autograd.Function):
         return _write(ctx, RowCoefficients(*coefficients), logits, grad_loss), None
 
 
+def _by_function(logits: Tensor, batch: arguments.Batch) -> PolicyLoss:
+    """Around a function of the user's: the read under autograd, so that backward writes."""
+    batch, responses = _with_weights(batch, batch.rows.target_ids)
+    targets = Targets(batch.rows.target_ids, responses.mask, batch.rows.temperatures)
+    logprobs, entropy = _selected(logits, targets, batch.options, batch.inplace, batch.backend)
+    return _loss_of(logprobs, entropy, batch, responses)
+
+
+def _loss_of(
+    logprobs: Tensor, entropy: Tensor | None, batch: arguments.Batch, responses: Responses
+) -> PolicyLoss:
+    assert batch.objective.function is not None
+    loss, results = decide_by(batch.objective.function, logprobs, entropy, batch.tokens, responses)
+    with torch.no_grad():
+        out = _output(results, responses, batch)
+    return replaced(out, loss=loss, entropy=None if entropy is None else out.entropy)
+
+
 def policy_loss(
     logits: Tensor,
     target_ids: Tensor,
@@ -224,7 +242,7 @@ def policy_loss(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    objective: Objective | None = None,
+    objective: Objective | TokenLoss | None = None,
     temperature: float | Tensor = 1.0,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
@@ -260,7 +278,10 @@ def policy_loss(
     mask: per token, nonzero where a token counts. Padded logits need it; packed ones may have it,
         for the rows of prompts and tools. What stands in tokens that don't count (any id, NaN) has
         no effect, and their logits are not read.
-    objective: a preset such as `dcpo()` (the default), `grpo()`, `dapo()`, `ppo()`.
+    objective: a preset such as `dcpo()` (the default), `grpo()`, `dapo()`, `ppo()`; or a function
+        from `TokenValues` to a loss per token, which autograd differentiates between our read and
+        our write (6 bytes per 16-bit logit; `Objective(name, function=...)` gives it an
+        aggregation other than token-mean).
     temperature: > 0; the loss is that of softmax(logits / temperature). A number, or a tensor with
         one per token or per response.
     ref_logprobs: per token; needed when objective.kl_coef != 0.
@@ -278,7 +299,9 @@ def policy_loss(
         1/n_i, and without totals the number of responses and tokens too. response_loss is then
         this part's share of the mean.
     response_log_ratio: [R], for objectives with one ratio per response: its logarithm, the mean of
-        logp - old_logp over the whole response, known beforehand. Then it is one pass.
+        logp - old_logp over the whole response, known beforehand. Then it is one pass, and each
+        token has the gradient of its own term: the same where advantage and weight are one per
+        response.
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
         it into micro-batches changes nothing. One that is smaller than what is in the call is an
         error; where that would mean waiting for a GPU, the loss is NaN.
@@ -308,7 +331,7 @@ def policy_loss(
     arguments.check_transforms("policy_loss", logits)
     batch = arguments.token_batch(
         logits,
-        _DEFAULT if objective is None else objective,
+        arguments.objective_of(objective),
         old_logprobs,
         advantages,
         mask=mask,
@@ -338,6 +361,8 @@ def policy_loss(
         with_entropy=with_entropy,
         inplace=inplace,
     )
+    if batch.objective.function is not None:
+        return _by_function(logits, batch)
     two_passes = batch.ratio_by_response
     if torch.is_grad_enabled() and logits.requires_grad:
         out = PolicyLoss(*(_TwoPasses if two_passes else _OnePass).apply(logits, batch))
@@ -362,11 +387,12 @@ def _from_logprobs(
 class _FromLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, entropy, batch):
-        out, g, h = _from_logprobs(logprobs.detach(), entropy, batch)
+        # copies: they are outputs too
+        own = None if entropy is None else entropy.clone()
+        out, g, h = _from_logprobs(logprobs.clone(), own, batch)
         _without_zeros(ctx)
         ctx.save_for_backward(g, h)
-        loss, token_loss, logprobs, *others = out
-        others = (token_loss, logprobs.clone(), others[0].clone(), *others[1:])
+        loss, *others = out
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
@@ -387,7 +413,7 @@ def policy_loss_from_logprobs(
     entropy: Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    objective: Objective | None = None,
+    objective: Objective | TokenLoss | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     entropy_weights: Tensor | None = None,
@@ -414,7 +440,7 @@ def policy_loss_from_logprobs(
             f"logprobs must be a tensor, [N] packed or [B, T] padded, got "
             f"{list(logprobs.shape) if isinstance(logprobs, Tensor) else type(logprobs).__name__}"
         )
-    objective = _DEFAULT if objective is None else objective
+    objective = arguments.objective_of(objective)
     backend = backends.choose(backend, logprobs.device.type)
     arguments.check_transforms("policy_loss_from_logprobs", logprobs)
     like = logprobs.unsqueeze(-1)  # a row of one logit per token
@@ -451,6 +477,9 @@ def policy_loss_from_logprobs(
     logprobs = arguments.values_of("logprobs", logprobs, like, backend)
     if entropy is not None:
         entropy = arguments.values_of("entropy", entropy, like, backend)
+    if batch.objective.function is not None:
+        batch, responses = _with_weights(batch, logprobs.detach())
+        return _loss_of(logprobs, entropy, batch, responses)
     if torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     ):
@@ -498,6 +527,17 @@ class _SelectedLogprobs(torch.autograd.Function):
         return _write(ctx, coefficients, logits, None), None, None, None, None
 
 
+def _selected(
+    logits: Tensor, targets: Targets, options: Options, inplace: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled() and logits.requires_grad:
+        logprobs, entropy = _SelectedLogprobs.apply(logits, targets, options, inplace, backend)
+    else:
+        with torch.no_grad():
+            logprobs, entropy, _, _ = ops.row_stats(logits, *targets, *options, backend)
+    return logprobs, entropy if options.with_entropy else None
+
+
 def selected_logprobs(
     logits: Tensor,
     target_ids: Tensor,
@@ -529,9 +569,4 @@ def selected_logprobs(
     targets, options, backend = arguments.targets_of(
         logits, target_ids, mask, temperature, with_entropy, inplace, backend
     )
-    if torch.is_grad_enabled() and logits.requires_grad:
-        logprobs, entropy = _SelectedLogprobs.apply(logits, targets, options, inplace, backend)
-    else:
-        with torch.no_grad():
-            logprobs, entropy, _, _ = ops.row_stats(logits, *targets, *options, backend)
-    return logprobs, entropy if with_entropy else None
+    return _selected(logits, targets, options, inplace, backend)

@@ -3,9 +3,11 @@ log-probabilities."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from backends import on_backends
+from backends import CPU, GPU, SLOW, on_backends
 from problems import OBJECTIVES, assert_matches, problem
 
 import dcpo_kernels as dk
@@ -40,7 +42,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-7)
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("leading", [False, True], ids=["N", "1xN"])
 @pytest.mark.parametrize("name", SOME)
 def test_packed_rows_with_a_mask(use_backend, name, leading):
@@ -71,7 +73,7 @@ def test_packed_rows_with_a_mask(use_backend, name, leading):
     assert dk.summarize(out)["tokens"] == keep.sum()
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_responses_cut_into_parts(use_backend, aggregation, name):
@@ -94,16 +96,19 @@ def test_responses_cut_into_parts(use_backend, aggregation, name):
     close(gradient, want)
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", SOME)
 def test_weights_of_ones_own(use_backend, name, layout):
     """They take the place of the aggregation, also of one that would want max_length."""
-    p = problem(OBJECTIVES[name](aggregation="token-sum"), lengths=LENGTHS, layout=layout)
+    # With ratio_level="sequence" a token's weight pulls at its whole response.
+    level = {"ratio_level": "sequence-token"} if name == "gspo" else {}
+    objective = OBJECTIVES[name](aggregation="token-sum", **level)
+    p = problem(objective, lengths=LENGTHS, layout=layout)
     sums, want = p.run(backend=use_backend)
     weights = torch.rand(p.logits.shape[:-1]) * (torch.rand(p.logits.shape[:-1]) > 0.3)
     weights = weights + (sum(LENGTHS) > 0) * 0.1 if name == "gspo" else weights
-    objective = OBJECTIVES[name](aggregation="seq-mean-token-sum-norm")
+    objective = replace(objective, aggregation="seq-mean-token-sum-norm")
     out, gradient = p.run(
         weights=weights, objective=objective, max_length=None, backend=use_backend
     )
@@ -113,7 +118,7 @@ def test_weights_of_ones_own(use_backend, name, layout):
     assert torch.equal(out.mask, sums.mask)
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])
 def test_entropy_weights(use_backend, name):
     """The entropy term has weights of its own, whatever the aggregation is."""
@@ -133,7 +138,7 @@ def test_entropy_weights(use_backend, name):
         p.run(entropy_weights=own, backend=use_backend)
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_tokens_that_are_not_finite(use_backend, layout):
     p = problem(dk.dcpo(), lengths=LENGTHS, layout=layout)
@@ -154,7 +159,7 @@ FROM_LOGPROBS = [name for name in OBJECTIVES if not OBJECTIVES[name]().needs_top
 FROM_LOGPROBS = [name for name in FROM_LOGPROBS if not OBJECTIVES[name]().needs_old_logits]
 
 
-@on_backends()
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", FROM_LOGPROBS)
 def test_from_logprobs(use_backend, name, layout):

@@ -124,6 +124,7 @@ class RatioGroups(NamedTuple):
     """Which rows have one ratio."""
 
     by_response: bool  # exp of the mean log-ratio over the response's tokens (GSPO), else per token
+    spread: bool  # what pulls at that ratio pulls at all of these tokens alike; only by_response
     offsets: Tensor  # [R + 1] int64, as token_weights makes them
     lengths: Tensor  # [R] int64
 

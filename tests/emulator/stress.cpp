@@ -302,8 +302,14 @@ void run(const std::string& kind, bool small) {
   o.ratio_cap = 3.0f;
   o.limit_low = o.limit_high = 0.1f;
   o.kl_coef = pick(0, 1) * 0.1f;
+  o.old_kl_coef = pick(0, 1) * 0.1f;
+  o.kl_estimator = static_cast<int>(pick(0, std::size(kKlEstimators) - 1));
+  o.old_kl_estimator = static_cast<int>(pick(0, std::size(kKlEstimators) - 1));
   o.entropy_coef = pick(0, 1) * 0.1f;
-  if (o.surrogate == kReinforce) o.divergence = static_cast<int>(pick(0, resident ? 2 : 6));
+  o.floor_low = pick(0, 1) * 0.5f;
+  o.floor_high = pick(0, 1) * 3.0f;
+  if (o.surrogate == kReinforce || o.surrogate == kRatioMask)
+    o.divergence = static_cast<int>(pick(0, resident ? 2 : 6));
   // A penalty on TV has a gradient of either sign where p and q are as good as equal.
   if (o.divergence == kBinaryKl || o.divergence == kTopkKl || o.divergence == kFullKl)
     o.penalty_coef = pick(0, 1) * 0.5f;
