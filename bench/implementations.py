@@ -94,7 +94,7 @@ def _kernel(operator: Operator, inputs: Inputs, cluster: int = cuda.BY_TABLE) ->
         return ""
     if objective.needs_topk or objective.needs_old_logits:
         return ""
-    return cuda.plan(logits.shape[-1], logits.itemsize, logits.device.index, cluster)
+    return cuda.plan(logits.shape[-1], logits.itemsize, logits.get_device(), cluster)
 
 
 def _plain(operator: Operator, inputs: Inputs, compiled: bool) -> Call:

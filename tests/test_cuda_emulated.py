@@ -5,17 +5,24 @@ every backend; what only a GPU can say in test_gpu.py."""
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import emulator
 import golden
 import pytest
 import torch
+from backends import needs_kernels
+from bench_runs import CASE
 from numerics import INF, NAN, run
 from problems import DTYPES, assert_matches, problem
 
 import dcpo_kernels as dk
+from dcpo_kernels import backends, info
 from dcpo_kernels.backends import _compiled, cuda
+from dcpo_kernels.bench import implementations, inputs
+from dcpo_kernels.bench.operators import operators
 
 SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
 STREAMING = 0
@@ -299,6 +306,25 @@ def test_table(major, shared, row_bytes, cluster, threads, held, emu):
         assert 16 * plan["slice"] * cluster >= row_bytes and plan["shared_bytes"] <= shared
         by_registers = 1024 // threads
         assert min((shared + 1024) // (plan["shared_bytes"] + 1024), by_registers) == held
+
+
+@needs_kernels
+def test_info_and_the_benchmark_say_which_kernel_runs(emu, monkeypatch):
+    there = {name: getattr(_compiled.C, name) for name in dir(_compiled.C)}
+    there |= {name: getattr(emu, name) for name in ("cuda", "cuda_devices", "cuda_versions")}
+    monkeypatch.setattr(_compiled, "C", SimpleNamespace(**there))
+    monkeypatch.setattr(backends, "unavailable", lambda *_: "")
+    said = info._text(info.collect())
+    assert "(V = 151,936 in bf16: holds a row in 4 blocks)" in said
+    assert "(V = 262,144 in bf16: holds a row in 8 blocks)" in said
+    for vocab, what in (
+        (503, "streams rows that can't all begin on 16 bytes"),
+        (504, "streams rows"),
+    ):
+        data = inputs.make(replace(CASE, vocab=vocab))
+        assert implementations._kernel(operators()["fused"], data, cluster=0) == what
+    assert implementations._kernel(operators()["fused"], data, 2) == "holds a row in 2 blocks"
+    assert implementations._kernel(operators()["read"], data) == ""
 
 
 @pytest.mark.skipif(
