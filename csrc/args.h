@@ -39,20 +39,23 @@ struct FusedArgs : Batch {
   Objective objective;
   const float* old_logprobs;  // null: those of the policy itself, the ratio is 1
   const float *advantages, *weights, *ref_logprobs, *importance_weights;
-  const float* log_ratio;        // that the ratio is taken from; null: logp - old_logp
-  const float* entropy_weights;  // of the entropy term, as multiples of the weight; null: 1
+  const float* log_ratio;         // that the ratio is taken from; null: logp - old_logp
+  const float* rollout_logprobs;  // by the engine that sampled; null: no correction
+  const float* entropy_weights;   // of the entropy term, as multiples of the weight; null: 1
   float *token_loss, *logprobs, *entropy, *ratio;  // entropy: null where nobody asked for it
   int8_t* clipped;
 };
 
 // Read only.
 struct StatsArgs : Batch {
+  int64_t k = 1;        // targets of each row: target_ids and logprobs are [rows, k]
   const uint8_t* mask;  // the rows that are read; null: all
   float *logprobs, *entropy, *row_max, *log_sum;
 };
 
-// Write only: dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]
+// Write only: dx_j = factor/T [sum_k g_k (1[j = y_k] - p_j) - h p_j (log p_j + H)]
 struct GradientArgs : Batch {
+  int64_t k = 1;  // targets of each row: target_ids and g are [rows, k]
   View gradient;
   const float *row_max, *log_sum, *entropy, *g, *h;
   const float* factor;  // one number, where it lies; null: 1

@@ -71,10 +71,11 @@ void fill(Args& args, const Field<Args> (&table)[n], const py::dict& given) {
 #define FIELD(name) DCPO_FIELD(Objective, name)
 inline const Field<Objective> kObjectiveFields[] = {
     FIELD(surrogate),    FIELD(divergence),   FIELD(kl_estimator), FIELD(old_kl_estimator),
-    FIELD(eps_low),      FIELD(eps_high),     FIELD(ratio_max),    FIELD(ratio_cap),
-    FIELD(floor_low),    FIELD(floor_high),   FIELD(power_low),    FIELD(power_high),
-    FIELD(limit_low),    FIELD(limit_high),   FIELD(kl_coef),      FIELD(old_kl_coef),
-    FIELD(entropy_coef), FIELD(penalty_coef),
+    FIELD(rollout_mode), FIELD(eps_low),      FIELD(eps_high),     FIELD(ratio_max),
+    FIELD(ratio_cap),    FIELD(floor_low),    FIELD(floor_high),   FIELD(power_low),
+    FIELD(power_high),   FIELD(limit_low),    FIELD(limit_high),   FIELD(kl_coef),
+    FIELD(old_kl_coef),  FIELD(entropy_coef), FIELD(penalty_coef), FIELD(rollout_low),
+    FIELD(rollout_high),
 };
 #undef FIELD
 
@@ -98,6 +99,7 @@ inline const Field<FusedArgs> kFusedFields[] = {
     FIELD(ref_logprobs),
     FIELD(importance_weights),
     FIELD(log_ratio),
+    FIELD(rollout_logprobs),
     FIELD(entropy_weights),
     FIELD(token_loss),
     FIELD(logprobs),
@@ -109,14 +111,14 @@ inline const Field<FusedArgs> kFusedFields[] = {
 
 #define FIELD(name) DCPO_FIELD(StatsArgs, name)
 inline const Field<StatsArgs> kStatsFields[] = {
-    BATCH, FIELD(mask), FIELD(logprobs), FIELD(entropy), FIELD(row_max), FIELD(log_sum),
+    BATCH, FIELD(k), FIELD(mask), FIELD(logprobs), FIELD(entropy), FIELD(row_max), FIELD(log_sum),
 };
 #undef FIELD
 
 #define FIELD(name) DCPO_FIELD(GradientArgs, name)
 inline const Field<GradientArgs> kGradientFields[] = {
-    BATCH,          FIELD(gradient), FIELD(row_max), FIELD(log_sum),
-    FIELD(entropy), FIELD(g),        FIELD(h),       FIELD(factor),
+    BATCH,          FIELD(k), FIELD(gradient), FIELD(row_max), FIELD(log_sum),
+    FIELD(entropy), FIELD(g), FIELD(h),        FIELD(factor),
 };
 #undef FIELD
 #undef BATCH
@@ -186,11 +188,27 @@ inline const Field<TokenWeightsArgs> kTokenWeightsFields[] = {
 
 #define FIELD(name) DCPO_FIELD(DecideArgs, name)
 inline const Field<DecideArgs> kDecideFields[] = {
-    FIELD(rows),        FIELD(count),           FIELD(logprobs),     FIELD(entropy),
-    FIELD(objective),   FIELD(old_logprobs),    FIELD(advantages),   FIELD(weights),
-    FIELD(by_response), FIELD(spread),          FIELD(ref_logprobs), FIELD(importance_weights),
-    FIELD(log_ratio),   FIELD(entropy_weights), FIELD(offsets),      FIELD(lengths),
-    FIELD(token_loss),  FIELD(ratio),           FIELD(clipped),      FIELD(g),
+    FIELD(rows),
+    FIELD(count),
+    FIELD(logprobs),
+    FIELD(entropy),
+    FIELD(objective),
+    FIELD(old_logprobs),
+    FIELD(advantages),
+    FIELD(weights),
+    FIELD(by_response),
+    FIELD(spread),
+    FIELD(ref_logprobs),
+    FIELD(importance_weights),
+    FIELD(log_ratio),
+    FIELD(rollout_logprobs),
+    FIELD(entropy_weights),
+    FIELD(offsets),
+    FIELD(lengths),
+    FIELD(token_loss),
+    FIELD(ratio),
+    FIELD(clipped),
+    FIELD(g),
     FIELD(h),
 };
 #undef FIELD
@@ -228,6 +246,7 @@ inline void objective(py::module_& m) {
   names("SURROGATES", kSurrogates);
   names("DIVERGENCES", kDivergences);
   names("KL_ESTIMATORS", kKlEstimators);
+  names("ROLLOUT_MODES", kRolloutModes);
   names("CLIPPED", kClipped);
   names("AGGREGATIONS", kAggregations);
   py::class_<Objective>(m, "Objective", py::module_local())

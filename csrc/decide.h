@@ -41,6 +41,8 @@ constexpr const char* kDivergences[] = {"none",    "binary_tv", "binary_kl", "to
                                         "topk_kl", "tv",        "kl"};
 
 enum KlEstimator : int { kK1, kK2, kK3, kAbs, kK3Plus, kK3Unbiased };
+enum RolloutMode : int { kNoRollout, kTruncate, kMask };
+constexpr const char* kRolloutModes[] = {"none", "truncate", "mask"};
 constexpr const char* kKlEstimators[] = {"k1", "k2", "k3", "abs", "k3+", "k3_unbiased"};
 
 enum Clipped : int8_t { kClippedNone, kClippedHigh, kClippedLow, kClippedCap, kClippedRegion };
@@ -56,13 +58,14 @@ constexpr float kMinRest = 1e-12f;
 constexpr int kMaxK = 128;
 
 struct Objective {
-  int surrogate, divergence, kl_estimator, old_kl_estimator;
+  int surrogate, divergence, kl_estimator, old_kl_estimator, rollout_mode;
   float eps_low, eps_high;  // low: for A < 0, high: for A >= 0
   float ratio_max, ratio_cap;
   float floor_low, floor_high;
   float power_low, power_high;
   float limit_low, limit_high;
   float kl_coef, old_kl_coef, entropy_coef, penalty_coef;
+  float rollout_low, rollout_high;
 };
 
 struct Token {
@@ -96,6 +99,15 @@ DCPO_HD float clamp_log_ratio(float x) {  // NaN comes through
 
 // Whether the divergence stops gradients; with penalty_coef it is a penalty instead.
 DCPO_HD bool masks(const Objective& o) { return o.divergence != kNone && o.penalty_coef == 0.0f; }
+
+// What the policy term is multiplied with because another engine sampled; log_ratio: q to its
+// probability there.
+DCPO_HD float rollout_weight(const Objective& o, float log_ratio) {
+  const float w = expf(clamp_log_ratio(log_ratio));
+  const bool below = w<o.rollout_low, above = w> o.rollout_high;
+  if (o.rollout_mode == kTruncate) return below ? o.rollout_low : above ? o.rollout_high : w;
+  return below || above ? 0.0f : w;
+}
 
 DCPO_HD float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
 
@@ -171,7 +183,7 @@ DCPO_HD float log_ratio_part(const Objective& o, const Token& t) {
     if (t.advantage > 0.0f && x > o.eps_high) x = o.eps_high;
     if (t.advantage < 0.0f && x < -o.eps_low) x = -o.eps_low;
   } else if (o.surrogate == kGamma) {
-    x = clamp_log_ratio(x) + clamp_log_ratio(logf(t.importance));
+    x += logf(t.importance);
   }
   return x;
 }

@@ -60,7 +60,7 @@ struct DecideArgs {
   int64_t rows, count;
   const float *logprobs, *entropy;
   const float *old_logprobs, *advantages, *weights, *ref_logprobs, *importance_weights;
-  const float *log_ratio, *entropy_weights;  // as in FusedArgs
+  const float *log_ratio, *rollout_logprobs, *entropy_weights;  // as in FusedArgs
   Objective objective;
   bool by_response, spread;
   const int64_t *offsets, *lengths;
@@ -178,6 +178,8 @@ DCPO_HD Token token_of(const DecideArgs& a, int64_t row) {
   t.old_logprob = old_logprob_of(a, row);
   t.advantage = a.advantages[row];
   t.importance = a.importance_weights ? a.importance_weights[row] : 1.0f;
+  if (a.rollout_logprobs)
+    t.importance *= rollout_weight(a.objective, t.old_logprob - a.rollout_logprobs[row]);
   t.ref_logprob = a.ref_logprobs ? a.ref_logprobs[row] : 0.0f;
   t.entropy = a.entropy ? a.entropy[row] : 0.0f;
   t.divergence = 0.0f;  // a binary one follows from the token

@@ -147,6 +147,8 @@ DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs&
   t.old_logprob = old_logprob_of(a, in, t.logprob);
   t.advantage = in.advantage;
   t.importance = in.importance;
+  if (a.rollout_logprobs)
+    t.importance *= rollout_weight(a.objective, t.old_logprob - a.rollout_logprobs[row]);
   t.ref_logprob = in.ref_logprob;
   const float entropy = kEntropy ? entropy_of(s) : 0.0f;
   const float entropy_weight = kEntropy && a.entropy_weights ? a.entropy_weights[row] : 1.0f;
@@ -167,13 +169,13 @@ DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs&
   return c;
 }
 
-// The same from coefficients that are given.
+// The same from coefficients that are given; g: the sum over the row's targets.
 template <bool kEntropy>
-DCPO_HD RowGradient row_gradient_of(const GradientArgs& a, int64_t row) {
+DCPO_HD RowGradient row_gradient_of(const GradientArgs& a, int64_t row, float g) {
   const float factor = a.factor ? *a.factor : 1.0f;
-  return row_gradient_of<kEntropy>(factor * a.g[row], a.h ? factor * a.h[row] : 0.0f,
-                                   a.row_max[row], a.log_sum[row],
-                                   a.entropy ? a.entropy[row] : 0.0f, temperature_of(a, row));
+  return row_gradient_of<kEntropy>(factor * g, a.h ? factor * a.h[row] : 0.0f, a.row_max[row],
+                                   a.log_sum[row], a.entropy ? a.entropy[row] : 0.0f,
+                                   temperature_of(a, row));
 }
 
 // ---- write --------------------------------------------------------------------------------------
@@ -193,6 +195,18 @@ DCPO_HD float gradient_at(const RowGradient& c, float x, bool is_target) {
     value -= c.h * (p > 0.0f || !(logp == logp) ? p * (logp + c.entropy) : 0.0f);
   }
   return value / c.temperature;
+}
+
+// The gradient of the i-th of a row's k targets: its own g, with those of the same id, times 1 - p,
+// minus p times all others.
+DCPO_HD float gradient_at_target(const GradientArgs& a, int64_t row, int64_t i, RowGradient c,
+                                 float x) {
+  const int64_t* ids = a.target_ids + row * a.k;
+  float own = 0.0f, others = 0.0f;
+  for (int64_t j = 0; j < a.k; ++j) (ids[j] == ids[i] ? own : others) += a.g[row * a.k + j];
+  const float factor = a.factor ? *a.factor : 1.0f;
+  c.g = factor * own;
+  return gradient_at<true>(c, x, true) - factor * others * expf(logprob_of(c, x)) / c.temperature;
 }
 
 }  // namespace dcpo

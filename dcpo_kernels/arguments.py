@@ -20,6 +20,7 @@ from dcpo_kernels.presets import dcpo
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int64, torch.int32)
+MAX_K_READ = 1024  # ids per row of selected_logprobs; MAX_K where a gradient is to come
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 INTEGERS += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -77,12 +78,14 @@ def token_batch(
     response_log_ratio: Tensor | None,
     ref_logprobs: Tensor | None,
     importance_weights: Tensor | None,
+    rollout_logprobs: Tensor | None,
     entropy_weights: Tensor | None,
     num_responses: int | Tensor | None,
     num_tokens: int | Tensor | None,
     max_length: int | Tensor | None,
     skip_zero_advantage: bool,
     drop_nonfinite: bool,
+    found: Tensor | None = None,  # per token, whether there is a log-probability at all
     backend: str,
 ) -> Batch:
     """What is said of tokens and responses."""
@@ -112,6 +115,12 @@ def token_batch(
             f"entropy_weights are for the entropy term, and objective {objective.name} has none "
             "(entropy_coef=0)"
         )
+    corrects = objective.rollout_mode != "none"
+    if corrects != (rollout_logprobs is not None) and objective.function is None:
+        raise ValueError(
+            f"objective {objective.name} has rollout_mode={objective.rollout_mode!r} and "
+            + ("needs rollout_logprobs" if corrects else "no use for rollout_logprobs")
+        )
     has_reference = objective.kl_coef != 0 or objective.function is not None
     tokens = Tokens(
         old_logprobs=per_token("old_logprobs", old_logprobs),
@@ -120,6 +129,7 @@ def token_batch(
         ref_logprobs=per_token("ref_logprobs", ref_logprobs) if has_reference else None,
         importance_weights=value("importance_weights", importance_weights),
         log_ratio=None,
+        rollout_logprobs=per_token("rollout_logprobs", rollout_logprobs),
         entropy_weights=None,
     )
     one_ratio = objective.by_response
@@ -150,7 +160,10 @@ def token_batch(
         )
     dropped = None
     if drop_nonfinite:
-        token_mask, dropped = _finite(tokens.old_logprobs, token_mask)
+        known = (tokens.old_logprobs, tokens.rollout_logprobs)
+        finite = [x.isfinite() for x in known if x is not None]
+        finite += [] if found is None else [found]
+        token_mask, dropped = _without(finite, token_mask)
     skip_zero = None
     if skip_zero_advantage and not objective.pulls_without_advantage:
         skip_zero = by_response.get("advantages", tokens.advantages)
@@ -265,8 +278,24 @@ def targets_of(
         temperatures = floats("temperature", _temperatures(temperature, logits, token_mask), logits)
     else:
         number = temperature_number(temperature)
-    ids = rows_of("target_ids", target_ids, logits, IDS, torch.int64)
+    ids = _targets(target_ids, logits)
     return Targets(ids, token_mask, temperatures), Options(number, with_entropy), backend
+
+
+def _targets(target_ids: Tensor, logits: Tensor) -> Tensor:
+    """One id per token, or K of them."""
+    if not isinstance(target_ids, Tensor) or target_ids.dim() != logits.dim():
+        return rows_of("target_ids", target_ids, logits, IDS, torch.int64)
+    with_gradient = torch.is_grad_enabled() and logits.requires_grad
+    most = MAX_K if with_gradient else MAX_K_READ
+    if target_ids.shape[:-1] != logits.shape[:-1] or not 1 <= target_ids.shape[-1] <= most:
+        where = "with a gradient" if with_gradient else "without a gradient"
+        raise ValueError(
+            f"target_ids must have one value per token, shape {list(logits.shape[:-1])}, or K in "
+            f"1..{most} ({where}), shape {[*logits.shape[:-1], 'K']}; got {list(target_ids.shape)}"
+        )
+    _check_kind("target_ids", target_ids, logits, IDS)
+    return target_ids.to(torch.int64).contiguous()
 
 
 def check_transforms(name: str, logits: Tensor) -> None:
@@ -443,13 +472,15 @@ def _per_response(
     return x.to(logits.device, to, non_blocking=True).reshape(responses).contiguous()
 
 
-def _finite(x: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask without the tokens where x is not finite, and how many it lost."""
-    if x is None:
+def _without(conditions: list[Tensor], mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask without the tokens where a condition does not hold, and how many it lost."""
+    if not conditions:
         return mask, None
-    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    finite = counted & x.isfinite()
-    return finite, (counted & ~finite).sum()
+    counted = torch.ones_like(conditions[0]) if mask is None else mask != 0
+    kept = counted
+    for condition in conditions:
+        kept = kept & condition
+    return kept, (counted & ~kept).sum()
 
 
 def _check_lengths(lengths: list[int], rows: int, objective: Objective) -> None:

@@ -22,11 +22,13 @@ from dcpo_kernels.objective import (
     MAX_LOG_RATIO,
     MIN_PROB,
     MIN_REST,
+    ROLLOUT_MODES,
     Numbers,
 )
 
 CLIP, DYNAMIC_CLIP, INVERSE_SQRT_CLIP, REINFORCE_CLIP, REINFORCE = range(5)
 SOFT_GATE, RATIO_MASK, QUADRATIC, DYNAMIC_QUADRATIC, GEOMETRIC_CLIP, GAMMA = range(5, 11)
+NO_ROLLOUT, TRUNCATE, MASK = range(len(ROLLOUT_MODES))
 NO_DIVERGENCE, BINARY_TV, BINARY_KL, TOPK_TV, TOPK_KL, FULL_TV, FULL_KL = range(len(DIVERGENCES))
 K1, K2, K3, ABS, K3_PLUS, K3_UNBIASED = range(len(KL_ESTIMATORS))
 
@@ -73,6 +75,16 @@ def by_sign(A: Tensor, low: float, high: float) -> Tensor:
     return torch.full_like(A, high).masked_fill(A < 0, low)
 
 
+def rollout_weight(o: Numbers, log_ratio: Tensor) -> Tensor:
+    """What the policy term is multiplied with because another engine sampled; log_ratio: q to its
+    probability there."""
+    w = clamp_log_ratio(log_ratio).exp().detach()
+    below, above = w < o.rollout_low, w > o.rollout_high
+    if o.rollout_mode == TRUNCATE:
+        return torch.where(below, o.rollout_low, torch.where(above, o.rollout_high, w))
+    return torch.where(below | above, 0.0, w)
+
+
 def is_binary(o: Numbers) -> bool:
     return o.divergence in (BINARY_TV, BINARY_KL)
 
@@ -114,7 +126,7 @@ def log_ratio_part(
         x = torch.where((A > 0) & (x > o.eps_high), o.eps_high, x)
         x = torch.where((A < 0) & (x < -o.eps_low), -o.eps_low, x)
     elif o.surrogate == GAMMA:
-        x = clamp_log_ratio(x) + clamp_log_ratio(importance.log())
+        x = x + importance.log()
     return x
 
 

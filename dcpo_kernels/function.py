@@ -21,6 +21,7 @@ class TokenValues(NamedTuple):
     entropy: Tensor | None  # carries a gradient too; None unless with_entropy
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
+    rollout_logprobs: Tensor | None
     weights: Tensor  # the loss is sum weights * token loss
     mask: Tensor  # bool: the token counts
     response: Tensor  # int64: the place of its response
@@ -53,6 +54,7 @@ def decide_by(
         entropy=counted(entropy),
         ref_logprobs=counted(tokens.ref_logprobs),
         importance_weights=counted(tokens.importance_weights),
+        rollout_logprobs=counted(tokens.rollout_logprobs),
         weights=responses.weights,
         mask=mask,
         response=response.clamp(max=max(len(responses.lengths) - 1, 0)).view(mask.shape),

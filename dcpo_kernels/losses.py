@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels import arguments, backends, ops
+from dcpo_kernels import arguments, backends, ops, replay
 from dcpo_kernels.function import TokenLoss, decide_by
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.objective import Objective
@@ -246,10 +246,13 @@ def policy_loss(
     temperature: float | Tensor = 1.0,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     entropy_weights: Tensor | None = None,
     topk_ids: Tensor | None = None,
     topk_logprobs: Tensor | None = None,
     old_logits: Tensor | None = None,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
     weights: Tensor | None = None,
     response_lengths: Tensor | Sequence[int] | None = None,
     response_log_ratio: Tensor | None = None,
@@ -287,11 +290,19 @@ def policy_loss(
     ref_logprobs: per token; needed when objective.kl_coef != 0.
     importance_weights: per token or response; multiply the policy term only, not KL and entropy.
         For the mismatch between the engine that sampled and the one that trains.
+    rollout_logprobs: per token, by the engine that sampled; needed where objective.rollout_mode is
+        not "none". The correction is then part of the pass, on-policy too, where no old
+        log-probabilities are there to make `rollout_weights` of.
     entropy_weights: per token; the entropy term is then -entropy_coef * sum entropy_weights *
         entropy, whatever the tokens' weights are, over tokens that are read.
     topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported, no id twice in
         a row; for dppo's top-K divergences.
     old_logits: of the logits' shape, in any of their dtypes; for dppo's full divergences.
+    kept_ids: [.., S], padded with -1, the ids that each token was sampled from (top-k, top-p), or
+        [M] with kept_offsets [N + 1] where row i has those from kept_offsets[i] to
+        kept_offsets[i + 1]. Everything is then of softmax over these: S logits of a row are read,
+        and its gradient is zero elsewhere. A target that is none of its row's makes the row NaN;
+        with drop_nonfinite it does not count. Not with top-K and full divergences.
     weights: per token: loss = sum weights * token_loss, in the place of the objective's
         aggregation. A token of weight 0 is not read.
     response_lengths: [R] tokens of each whole response that count, where a call holds only a part
@@ -299,9 +310,9 @@ def policy_loss(
         1/n_i, and without totals the number of responses and tokens too. response_loss is then
         this part's share of the mean.
     response_log_ratio: [R], for objectives with one ratio per response: its logarithm, the mean of
-        logp - old_logp over the whole response, known beforehand. Then it is one pass, and each
-        token has the gradient of its own term: the same where advantage and weight are one per
-        response.
+        logp - old_logp over the whole response (gmpo: of what is left of them by its clip; vespo:
+        their sum and that of the logarithms of the importance weights), known beforehand. Then it
+        is one pass, and each token has its own part of the gradient, as with "sequence-token".
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
         it into micro-batches changes nothing. One that is smaller than what is in the call is an
         error; where that would mean waiting for a GPU, the loss is NaN.
@@ -310,8 +321,8 @@ def policy_loss(
         backward: with fp16 logits small entries would be 0 without it. The result is the same.
     skip_zero_advantage: don't read rows with advantage 0 where nothing else has a gradient; their
         results are 0.
-    drop_nonfinite: a token whose old log-probability is not finite does not count; how many there
-        were is in `summarize`.
+    drop_nonfinite: a token whose old or rollout log-probability is not finite does not count; how
+        many there were is in `summarize`.
     with_entropy: also return the entropy.
     inplace: the forward overwrites the logits with their gradient (gspo: the backward does), so no
         second [N, V] tensor is ever allocated. Nothing else may read the logits: autograd raises
@@ -329,9 +340,21 @@ def policy_loss(
     """
     backend = arguments.check_logits("logits", logits, backend)
     arguments.check_transforms("policy_loss", logits)
+    objective, found = arguments.objective_of(objective), None
+    if kept_ids is not None:
+        if objective.needs_topk or objective.needs_old_logits:
+            raise ValueError(
+                f"kept_ids go with divergences of the sampled token alone, and objective "
+                f"{objective.name} has {objective.divergence!r}"
+            )
+        if inplace:
+            arguments.check_in_place(logits)
+        kept = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
+        logits, target_ids, found = kept
+        inplace = True  # they are a copy
     batch = arguments.token_batch(
         logits,
-        arguments.objective_of(objective),
+        objective,
         old_logprobs,
         advantages,
         mask=mask,
@@ -341,12 +364,14 @@ def policy_loss(
         response_log_ratio=response_log_ratio,
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
+        rollout_logprobs=rollout_logprobs,
         entropy_weights=entropy_weights,
         num_responses=num_responses,
         num_tokens=num_tokens,
         max_length=max_length,
         skip_zero_advantage=skip_zero_advantage,
         drop_nonfinite=drop_nonfinite,
+        found=found,
         backend=backend,
     )
     batch = arguments.with_rows(
@@ -416,6 +441,7 @@ def policy_loss_from_logprobs(
     objective: Objective | TokenLoss | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     entropy_weights: Tensor | None = None,
     weights: Tensor | None = None,
     response_lengths: Tensor | Sequence[int] | None = None,
@@ -456,6 +482,7 @@ def policy_loss_from_logprobs(
         response_log_ratio=response_log_ratio,
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
+        rollout_logprobs=rollout_logprobs,
         entropy_weights=entropy_weights,
         num_responses=num_responses,
         num_tokens=num_tokens,
@@ -507,12 +534,16 @@ class _SelectedLogprobs(torch.autograd.Function):
         _first_derivatives_only("selected_logprobs")
         if ctx.inplace:
             _backward_once(ctx, "selected_logprobs")
-        logits, target_ids, mask, temperatures, _, entropy, row_max, log_sum = ctx.saved_tensors
+        logits, target_ids, mask, temperatures, *stats = ctx.saved_tensors
+        logprobs, entropy, row_max, log_sum = stats
 
         def of_rows_read(grad: Tensor | None) -> Tensor:
             if grad is None:
-                return torch.zeros_like(row_max)
-            return (grad if mask is None else torch.where(mask != 0, grad, 0.0)).contiguous()
+                return torch.zeros_like(logprobs)
+            if mask is None:
+                return grad.contiguous()
+            read = mask != 0 if grad.dim() == mask.dim() else (mask != 0).unsqueeze(-1)
+            return torch.where(read, grad, 0.0).contiguous()
 
         with_entropy = grad_entropy is not None and entropy.numel() > 0
         coefficients = RowCoefficients(
@@ -544,6 +575,8 @@ def selected_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
     with_entropy: bool = False,
     inplace: bool = False,
     backend: str = "auto",
@@ -552,20 +585,29 @@ def selected_logprobs(
     differentiable.
 
     logits: [N, V] or [B, T, V], bf16, fp16 or fp32; rows may be strided. target_ids: [N] or [B, T],
-        int64 or int32; logits[t] predicts target_ids[t].
-    mask: like target_ids; where it is 0 the row is not read, its results are 0, and it may hold any
+        int64 or int32; logits[t] predicts target_ids[t]. Or [.., K], K tokens of each row from one
+        read: up to 128 where logits ask for a gradient, 1,024 where they don't. A row may have an
+        id more than once.
+    mask: [N] or [B, T]; where it is 0 the row is not read, its results are 0, and it may hold any
         id.
     temperature: > 0, applied in float32; a number, or a tensor with one per token.
+    kept_ids, kept_offsets: as in `policy_loss`; a target that is none of its row's has NaN.
     with_entropy: also return the entropy in nats.
     inplace: backward overwrites the logits with their gradient; a second reader of the logits then
         fails.
     backend: "auto", or one of `dcpo info`.
 
-    Returns (logprobs, entropy or None), float32, of the shape of target_ids.
+    Returns (logprobs, entropy or None), float32: of the shape of target_ids, and [N] or [B, T].
 
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
     """
+    if kept_ids is not None:
+        backend = arguments.check_logits("logits", logits, backend)
+        if inplace:
+            arguments.check_in_place(logits)
+        logits, target_ids, _ = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
+        inplace = True  # they are a copy
     targets, options, backend = arguments.targets_of(
         logits, target_ids, mask, temperature, with_entropy, inplace, backend
     )

@@ -27,6 +27,7 @@ SURROGATES = (
 )
 WHOLE_RESPONSE = ("geometric-clip", "gamma")
 DIVERGENCES = ("none", "binary_tv", "binary_kl", "topk_tv", "topk_kl", "tv", "kl")
+ROLLOUT_MODES = ("none", "truncate", "mask")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs", "k3+", "k3_unbiased")
 CLIPPED = ("none", "high", "low", "cap", "region")  # which side stopped the token's gradient
 RATIO_LEVELS = ("token", "sequence", "sequence-token")
@@ -55,6 +56,7 @@ class Numbers(NamedTuple):
     divergence: int
     kl_estimator: int
     old_kl_estimator: int
+    rollout_mode: int
     eps_low: float
     eps_high: float
     ratio_max: float
@@ -69,6 +71,8 @@ class Numbers(NamedTuple):
     old_kl_coef: float
     entropy_coef: float
     penalty_coef: float
+    rollout_low: float
+    rollout_high: float
 
 
 _CODES = {
@@ -76,6 +80,7 @@ _CODES = {
     "divergence": DIVERGENCES,
     "kl_estimator": KL_ESTIMATORS,
     "old_kl_estimator": KL_ESTIMATORS,
+    "rollout_mode": ROLLOUT_MODES,
 }
 _NUMBERS = Numbers._fields[len(_CODES) :]
 
@@ -115,6 +120,9 @@ class Objective:
         other's: "k1" is x, "k2" x^2 / 2, "k3" exp(-x) - 1 + x, "abs" |x|, "k3+" k3 with the
         gradient of k2 (verl), "k3_unbiased" r times k3, with the gradient of both (DeepSeek-V3.2,
         TRL's default).
+    rollout_mode, rollout_low, rollout_high: what is made of w = q / the probability by the engine
+        that sampled (`rollout_logprobs`), which multiplies the policy term: "truncate" cuts it to
+        the range, "mask" makes it 0 outside.
     function: the token's loss in the place of everything here but the aggregation, from
         `TokenValues`.
     """
@@ -140,6 +148,9 @@ class Objective:
     old_kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     penalty_coef: float = 0.0
+    rollout_mode: str = "none"
+    rollout_low: float = 0.0
+    rollout_high: float = math.inf
     function: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -228,6 +239,15 @@ class Objective:
                 f"ratio_level={self.ratio_level!r} responses"
             )
 
+        if not 0 <= self.rollout_low <= self.rollout_high:
+            raise ValueError(
+                f"{self.name}: rollout_low={self.rollout_low} and rollout_high={self.rollout_high} "
+                "must be 0 <= rollout_low <= rollout_high"
+            )
+        if self.rollout_mode == "none" and (self.rollout_low, self.rollout_high) != (0, math.inf):
+            raise ValueError(
+                f"{self.name}: rollout_low and rollout_high need rollout_mode='truncate' or 'mask'"
+            )
         if self.function is not None and replace(self, function=None) != Objective(
             self.name, aggregation=self.aggregation
         ):

@@ -16,6 +16,7 @@ SOFT_GATE, RATIO_MASK, QUADRATIC, DYNAMIC_QUADRATIC, GEOMETRIC_CLIP, GAMMA = map
 NO_DIVERGENCE, BINARY_TV, BINARY_KL, TOPK_TV, TOPK_KL, FULL_TV, FULL_KL = map(
     tl.constexpr, range(len(objectives.DIVERGENCES))
 )
+NO_ROLLOUT, TRUNCATE, MASK = map(tl.constexpr, range(len(objectives.ROLLOUT_MODES)))
 K1, K2, K3, ABS, K3_PLUS, K3_UNBIASED = map(tl.constexpr, range(len(objectives.KL_ESTIMATORS)))
 CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION = map(
     tl.constexpr, range(len(objectives.CLIPPED))
@@ -92,6 +93,18 @@ def clip_bounds(old_logprob, eps_low, eps_high, ratio_max, SURROGATE: tl.constex
 
 
 @triton.jit
+def rollout_weight(log_ratio, rollout_low, rollout_high, ROLLOUT_MODE: tl.constexpr):
+    """What the policy term is multiplied with because another engine sampled; log_ratio: q to its
+    probability there."""
+    w = tl.exp(clamp_log_ratio(log_ratio))
+    below, above = w < rollout_low, w > rollout_high
+    if ROLLOUT_MODE == TRUNCATE:
+        return tl.where(below, rollout_low, tl.where(above, rollout_high, w))
+    else:
+        return tl.where(below | above, 0.0, w)
+
+
+@triton.jit
 def log_ratio_part(logprob, old_logprob, A, importance, eps_low, eps_high, SURROGATE: tl.constexpr):
     """What a token adds to its response's log-ratio, which is their mean, for GAMMA their sum."""
     x = logprob - old_logprob
@@ -99,7 +112,7 @@ def log_ratio_part(logprob, old_logprob, A, importance, eps_low, eps_high, SURRO
         x = tl.where((A > 0) & (x > eps_high), eps_high, x)
         x = tl.where((A < 0) & (x < -eps_low), -eps_low, x)
     elif SURROGATE == GAMMA:
-        x = clamp_log_ratio(x) + clamp_log_ratio(tl.log(importance))
+        x += tl.log(importance)
     return x
 
 

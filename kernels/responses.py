@@ -18,6 +18,7 @@ from dcpo_kernels.kernels.decide import (
     GAMMA,
     GEOMETRIC_CLIP,
     log_ratio_part,
+    rollout_weight,
 )
 from dcpo_kernels.kernels.decide import decide as decide_tokens
 from dcpo_kernels.kernels.tiles import kernel
@@ -265,6 +266,7 @@ def decide(
     ref_logprobs,
     importance_weights,
     log_ratio,  # that the ratio is taken from; None: logp - old_logp
+    rollout_logprobs,
     entropy_weights,
     offsets,
     lengths,
@@ -289,12 +291,15 @@ def decide(
     old_kl_coef,
     entropy_coef,
     penalty_coef,
+    rollout_low,
+    rollout_high,
     SURROGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     KL: tl.constexpr,
     OLD_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     WITH_PENALTY: tl.constexpr,
+    ROLLOUT_MODE: tl.constexpr,
     BY_RESPONSE: tl.constexpr,
     SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -319,6 +324,9 @@ def decide(
             old = new if old_logprobs is None else tl.load(old_logprobs + at, mask=live, other=0.0)
             A = tl.load(advantages + at, mask=live, other=0.0)
             importance = load_or(importance_weights, at, live, 1.0)
+            if rollout_logprobs is not None:
+                drift = old - tl.load(rollout_logprobs + at, mask=live, other=0.0)
+                importance *= rollout_weight(drift, rollout_low, rollout_high, ROLLOUT_MODE)
             part = log_ratio_part(new, old, A, importance, eps_low, eps_high, SURROGATE)
             sums += tl.where(live, part, 0.0)
         tokens = tl.maximum(length, 1).to(tl.float32)
@@ -341,12 +349,16 @@ def decide(
             moved = of_response
         elif log_ratio is not None:
             moved = tl.load(log_ratio + at, mask=live, other=0.0)
+        importance = load_or(importance_weights, at, live, 1.0)
+        if rollout_logprobs is not None:
+            drift = old - tl.load(rollout_logprobs + at, mask=live, other=0.0)
+            importance *= rollout_weight(drift, rollout_low, rollout_high, ROLLOUT_MODE)
         entropy_weight = load_or(entropy_weights, at, live, 1.0)
         loss, slope, entropy_slope, r, code, _, through_ratio = decide_tokens(
             logprob,
             old,
             tl.load(advantages + at, mask=live, other=0.0),
-            load_or(importance_weights, at, live, 1.0),
+            importance,
             load_or(ref_logprobs, at, live, 0.0),
             entropy_weight * load_or(entropy, at, live, 0.0),
             0.0,  # a binary divergence follows from the token

@@ -9,8 +9,16 @@ has the sizes that make them fit).
 
 import triton.language as tl
 
-from dcpo_kernels.kernels.decide import FULL_KL, FULL_TV, TOPK_KL, TOPK_TV, decide
+from dcpo_kernels.kernels.decide import (
+    FULL_KL,
+    FULL_TV,
+    TOPK_KL,
+    TOPK_TV,
+    decide,
+    rollout_weight,
+)
 from dcpo_kernels.kernels.divergence import (
+    MAX_K,
     full_kl,
     full_tv,
     listed_tokens,
@@ -27,6 +35,7 @@ from dcpo_kernels.kernels.tiles import (
     load_masked,
     row_of,
     target_of,
+    targets_of,
     temperature_of,
     tile_columns,
 )
@@ -47,6 +56,7 @@ def fused(
     ref_logprobs,
     importance_weights,
     log_ratio,  # that the ratio is taken from; None: logp - old_logp
+    rollout_logprobs,  # by the engine that sampled; None: no correction
     entropy_weights,  # of the entropy term, as multiples of the weight; None: 1
     token_loss,
     logprobs,
@@ -78,12 +88,15 @@ def fused(
     old_kl_coef: tl.float32,
     entropy_coef: tl.float32,
     penalty_coef: tl.float32,
+    rollout_low: tl.float32,
+    rollout_high: tl.float32,
     SURROGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     KL: tl.constexpr,
     OLD_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     WITH_PENALTY: tl.constexpr,
+    ROLLOUT_MODE: tl.constexpr,
     ALIGNED: tl.constexpr,  # logits; the next two: gradient, old_logits
     DX_ALIGNED: tl.constexpr,
     OLD_ALIGNED: tl.constexpr,
@@ -140,12 +153,16 @@ def fused(
                     divergence, drift, old_max, old_log_sum = full_tv(
                         x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
                     )
+            importance = 1.0 if importance_weights is None else tl.load(importance_weights + row)
+            if rollout_logprobs is not None:
+                drift = old - tl.load(rollout_logprobs + row)
+                importance *= rollout_weight(drift, rollout_low, rollout_high, ROLLOUT_MODE)
             entropy_weight = 1.0 if entropy_weights is None else tl.load(entropy_weights + row)
             loss, g, h, r, code, divergence_coef, _ = decide(
                 logprob,
                 old,
                 tl.load(advantages + row),
-                1.0 if importance_weights is None else tl.load(importance_weights + row),
+                importance,
                 0.0 if ref_logprobs is None else tl.load(ref_logprobs + row),
                 entropy_weight * entropy,
                 divergence,
@@ -255,7 +272,7 @@ def fused(
 @kernel
 def row_stats(
     logits,
-    target_ids,
+    target_ids,  # [rows, k], as logprobs
     mask,  # None: every row counts
     temperatures,  # None: `temperature` for all rows
     logprobs,
@@ -264,10 +281,12 @@ def row_stats(
     log_sums,
     rows: tl.int32,
     vocab: tl.int32,
+    k: tl.int64,
     per_batch: tl.int32,
     batch_stride: tl.int64,
     row_stride: tl.int64,
     temperature: tl.float32,
+    SEVERAL: tl.constexpr,  # k > 1
     ALIGNED: tl.constexpr,
     IS_MULTIPLE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -285,13 +304,22 @@ def row_stats(
             reads = tl.load(mask + row) != 0
         if reads:
             x = row_of(logits, row, per_batch, batch_stride, row_stride, ALIGNED)
-            _, x_target = target_of(x, tl.load(target_ids + row), vocab)
+            _, x_target = target_of(x, tl.load(target_ids + row * k), vocab)
             T = temperature_of(temperatures, temperature, row)
             row_max, log_sum, entropy, _ = read_row(
                 x, lane, step, vocab, T, BLOCK, WITH_ENTROPY, AGAIN=False
             )
             logprob = (x_target - row_max) / T - log_sum
-        tl.store(logprobs + row, logprob)
+        tl.store(logprobs + row * k, logprob)
+        if SEVERAL:
+            x = row_of(logits, row, per_batch, batch_stride, row_stride, ALIGNED)
+            T = temperature_of(temperatures, temperature, row)
+            for first in range(1, k, MAX_K):
+                at = row * k + first + tl.arange(0, MAX_K)
+                given = at < (row + 1) * k
+                _, x_targets = targets_of(x, target_ids + at, given & reads, vocab)
+                others = tl.where(reads, (x_targets - row_max) / T - log_sum, 0.0)
+                tl.store(logprobs + at, others, mask=given)
         if WITH_ENTROPY:
             tl.store(entropies + row, entropy)
         tl.store(row_maxima + row, row_max)
@@ -302,7 +330,7 @@ def row_stats(
 def row_gradient(
     logits,
     gradient,  # may be logits
-    target_ids,
+    target_ids,  # [rows, k], as gs
     temperatures,  # None: `temperature` for all rows
     row_maxima,
     log_sums,
@@ -312,12 +340,14 @@ def row_gradient(
     factor,  # of the whole gradient, read where it lies; None: 1
     rows: tl.int32,
     vocab: tl.int32,
+    k: tl.int64,
     per_batch: tl.int32,
     batch_stride: tl.int64,
     row_stride: tl.int64,
     dx_batch_stride: tl.int64,
     dx_row_stride: tl.int64,
     temperature: tl.float32,
+    SEVERAL: tl.constexpr,  # k > 1
     ALIGNED: tl.constexpr,
     DX_ALIGNED: tl.constexpr,
     IS_MULTIPLE: tl.constexpr,
@@ -331,18 +361,28 @@ def row_gradient(
     vocab = assume_multiple(vocab, VECTOR, IS_MULTIPLE)
     factor = 1.0 if factor is None else tl.load(factor).to(tl.float32)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        g = tl.load(gs + row)
+        g = tl.load(gs + row * k)
+        pulls = g
+        if SEVERAL:
+            at = row * k + tl.arange(0, MAX_K)
+            given = at < (row + 1) * k
+            g_targets = tl.load(gs + at, mask=given, other=0.0)
+            g, pulls = tl.sum(g_targets, 0), tl.sum(tl.abs(g_targets), 0)
         h, entropy = 0.0, 0.0
         if hs is not None:
             h = tl.load(hs + row)
             entropy = tl.load(entropies + row)
         dx = row_of(gradient, row, per_batch, dx_batch_stride, dx_row_stride, DX_ALIGNED)
-        if (g == 0) & (h == 0):
+        if (pulls == 0) & (h == 0):
             zero_row(dx, lane, step, vocab, BLOCK)
         else:
             x = row_of(logits, row, per_batch, batch_stride, row_stride, ALIGNED)
-            target, x_target = target_of(x, tl.load(target_ids + row), vocab)
+            target, x_target = target_of(x, tl.load(target_ids + row * k), vocab)
             g = tl.where(x_target == x_target, g, x_target)  # NaN for an id outside
+            if SEVERAL:
+                ids, x_targets = targets_of(x, target_ids + at, given, vocab)
+                outside = given & (x_targets != x_targets)
+                g = tl.where(tl.sum(outside.to(tl.int32), 0) > 0, float("nan"), g)
             # No thread may overwrite the target's logit before all have it.
             tl.debug_barrier()
             write_row(
@@ -363,6 +403,33 @@ def row_gradient(
                 BLOCK,
                 hs is not None,
             )
+            if SEVERAL:  # an id that comes more than once has the sum of its g
+                own = tl.zeros([MAX_K], tl.float32)
+                others = g - g  # NaN where g is
+                for i in range(k):
+                    same = ids == tl.load(target_ids + row * k + i)
+                    g_i = tl.load(gs + row * k + i)
+                    own += tl.where(same, g_i, 0.0)
+                    others += tl.where(same, 0.0, g_i)
+                row_max, log_sum = tl.load(row_maxima + row), tl.load(log_sums + row)
+                T = temperature_of(temperatures, temperature, row)
+                store_listed(
+                    dx,
+                    ids,
+                    x_targets,
+                    (x_targets - row_max) / T - log_sum,
+                    0.0,
+                    others * factor,
+                    ids,
+                    vocab,
+                    row_max,
+                    log_sum,
+                    entropy,
+                    own * factor,
+                    h * factor,
+                    T,
+                    hs is not None,
+                )
 
 
 @kernel

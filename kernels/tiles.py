@@ -116,3 +116,11 @@ def target_of(x, target, vocab):
     valid = (target >= 0) & (target < vocab)
     target = tl.where(valid, target, 0).to(tl.int32)
     return target, tl.load(x + target, mask=valid, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def targets_of(x, target_ids, given, vocab):
+    """The same of several: their ids, -1 where none is given, and logits."""
+    ids = tl.load(target_ids, mask=given, other=-1)
+    inside = (ids >= 0) & (ids < vocab)
+    return ids, tl.load(x + ids, mask=inside, other=float("nan")).to(tl.float32)

@@ -139,6 +139,38 @@ def test_entropy_weights(use_backend, name):
 
 
 @on_backends("reference", CPU[0], *SLOW, *GPU)
+@pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on-policy"])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "vespo", "penalty-topk_kl"])
+def test_another_engine_sampled(use_backend, name, mode, on_policy):
+    """In the pass, what rollout_weights makes of log-probabilities that are there before it."""
+    p = problem(OBJECTIVES[name](), layout="padded", lengths=LENGTHS, importance="token")
+    mask, old = p.arguments["mask"], p.arguments["old_logprobs"]
+    rollout = old + 0.5 * torch.randn(old.shape)
+    if on_policy:
+        p.arguments["old_logprobs"] = None
+        old = p.oracle()[0].logprobs.float()
+    weights = dk.rollout_weights(old, rollout, mask=mask, mode=mode, low=0.7, high=1.4)
+    assert (weights[mask] == (0.7 if mode == "truncate" else 0.0)).any()
+    together = p.arguments["importance_weights"] * weights
+    expected, want = p.run(importance_weights=together, backend=use_backend)
+    given = {"rollout_mode": mode, "rollout_low": 0.7, "rollout_high": 1.4}
+    objective = OBJECTIVES[name](**given)
+    out, gradient = p.run(objective=objective, rollout_logprobs=rollout, backend=use_backend)
+    close(out.loss.detach(), expected.loss.detach())
+    torch.testing.assert_close(gradient, want, rtol=2e-5, atol=2e-6)
+    rollout[mask & (torch.rand(mask.shape) < 0.2)] = torch.nan
+    some, _ = p.run(
+        objective=objective, rollout_logprobs=rollout, drop_nonfinite=True, backend=use_backend
+    )
+    assert torch.equal(some.mask, mask & rollout.isfinite())
+    with pytest.raises(ValueError, match="needs rollout_logprobs"):
+        p.run(objective=objective, backend=use_backend)
+    with pytest.raises(ValueError, match="no use for rollout_logprobs"):
+        p.run(rollout_logprobs=rollout, backend=use_backend)
+
+
+@on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_tokens_that_are_not_finite(use_backend, layout):
     p = problem(dk.dcpo(), lengths=LENGTHS, layout=layout)

@@ -117,6 +117,7 @@ VERL = {
     "sapo": (dk.sapo(), {"tau_pos": 1.0, "tau_neg": 1.05}),
     "cispo": (dk.cispo(1.3), clip(1.0, 0.3)),
     "cispo with a floor": (dk.cispo(1.3, 0.8), clip(0.2, 0.3)),
+    "geo_mean": (dk.gmpo(0.1, 0.15), clip(0.1, 0.15)),
     "gpg": (dk.reinforce(), {}),
     "dro": (dk.reinforce(old_kl_coef=0.3, old_kl_estimator="k2"), {"dro_beta": 0.3}),
 }
@@ -133,6 +134,8 @@ def test_verl(verl, batch, name, aggregation, weighted, use_backend):
         aggregation = "seq-mean-token-mean"  # verl's takes no other
     if name == "dro" and weighted:
         pytest.skip("verl's weights multiply the KL term too")
+    if name == "geo_mean" and (weighted or aggregation != "seq-mean-token-mean"):
+        pytest.skip("verl averages over responses alone, and takes the weights' geometric mean")
     importance = batch.importance if weighted else None
     out = assert_equal(
         batch,
@@ -164,7 +167,13 @@ def test_verl_kl(verl, batch, estimator, use_backend):
 def trl():
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed")
 
-    def loss(batch, loss_type, beta, level="token", unbiased=False, delta=None, cap=1.28):
+    gmpo = pytest.importorskip("trl.experimental.gmpo.gmpo_trainer")
+
+    def loss(
+        batch, loss_type, beta, level="token", unbiased=False, delta=None, cap=1.28, weights=None
+    ):
+        of = gmpo.GMPOTrainer if loss_type == "gmpo" else trainer.GRPOTrainer
+
         def loss_of(logp):
             # The method alone, on a trainer of which nothing else is real: its metrics go nowhere.
             self = MagicMock()
@@ -178,7 +187,9 @@ def trl():
                 "loss_type": loss_type,
                 "epsilon_low": 0.2,
                 "epsilon_high": cap if loss_type == "cispo" else 0.28,  # there it is the cap
-                "use_vllm": False,
+                "use_vllm": weights is not None,
+                "vllm_importance_sampling_correction": True,
+                "get_gamma_weights": trainer.GRPOTrainer.get_gamma_weights,
                 "max_completion_length": TIME,
                 "current_gradient_accumulation_steps": 1,
                 "_entropy_bonus_enabled": False,
@@ -191,6 +202,10 @@ def trl():
                 delta=delta,
                 sapo_temperature_pos=1.0,
                 sapo_temperature_neg=1.05,
+                vespo_k_pos=2.0,
+                vespo_lambda_pos=3.0,
+                vespo_k_neg=3.0,
+                vespo_lambda_neg=2.0,
                 steps_per_generation=1,
             )
             nobody = torch.zeros(BATCH, 0, dtype=torch.int64)
@@ -204,7 +219,9 @@ def trl():
                 "ref_per_token_logps": batch.ref,
                 "num_items_in_batch": batch.mask.sum(),
             }
-            return trainer.GRPOTrainer._compute_loss(self, None, inputs)
+            if weights is not None:
+                inputs["importance_sampling_ratio"] = weights
+            return of._compute_loss(self, None, inputs)
 
         return loss_of
 
@@ -218,11 +235,10 @@ TRL = {
     "dr_grpo": dk.dr_grpo(eps_high=0.28),
     "sapo": dk.sapo(),
     "cispo": dk.cispo(1.28),
+    "luspo": dk.luspo(0.2, 0.28, ratio_level="token"),
 }
 
 
-# TRL differentiates a response's ratio through its mean; ours hands each token its own part, which
-# is the same where a response has one advantage and one weight.
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", TRL)
@@ -239,19 +255,41 @@ def test_trl(trl, batch, loss_type, level, beta, use_backend):
     )
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", TRL)
 @on_ours
-def test_trl_unbiased_kl(trl, batch, loss_type, use_backend):
-    """use_bias_correction_kl, its default."""
-    objective = replace(TRL[loss_type], kl_coef=0.3, kl_estimator="k3_unbiased")
+def test_trl_unbiased_kl(trl, batch, loss_type, level, use_backend):
+    """use_bias_correction_kl, its default; and weights per token, which with one ratio per response
+    pull at all of its tokens."""
+    objective = replace(TRL[loss_type], ratio_level=level, kl_coef=0.3, kl_estimator="k3_unbiased")
     assert_equal(
         batch,
-        trl(batch, loss_type, 0.3, unbiased=True),
+        trl(batch, loss_type, 0.3, level, unbiased=True, weights=batch.importance),
         use_backend,
+        importance_weights=batch.importance.float(),
         objective=objective,
         ref_logprobs=batch.ref.float(),
         max_length=TIME,
     )
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "importance-weights"])
+@pytest.mark.parametrize("level", ["token", "sequence"])  # of no matter to it
+@on_ours
+def test_trl_vespo(trl, batch, level, weighted, use_backend):
+    weights = batch.mask * batch.importance + ~batch.mask * 1.0  # it sums those of padding too
+    options = {"importance_weights": weights.float()} if weighted else {}
+    loss = trl(batch, "vespo", 0.04, level, weights=weights if weighted else None)
+    objective, ref = dk.vespo(kl_coef=0.04), batch.ref.float()
+    assert_equal(batch, loss, use_backend, objective=objective, ref_logprobs=ref, **options)
+
+
+@on_ours
+def test_trl_gmpo(trl, batch, use_backend):
+    loss, ref = trl(batch, "gmpo", 0.04), batch.ref.float()
+    objective = dk.gmpo(0.2, 0.28, kl_coef=0.04)
+    out = assert_equal(batch, loss, use_backend, objective=objective, ref_logprobs=ref)
+    assert out.clipped.any()
 
 
 @on_ours

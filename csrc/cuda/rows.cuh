@@ -26,6 +26,12 @@ struct Span {
     const int64_t j = i < head ? i : i + packs * kPack<T>;
     return j < size ? j : -1;
   }
+  // Whether element j is in packs [begin, end) or, where they count, outside of all packs.
+  __device__ bool has(int64_t j, int64_t begin, int64_t end, bool edges) const {
+    const int64_t at = j - head;
+    if (at < 0 || at >= packs * kPack<T>) return edges;
+    return at >= begin * kPack<T> && at < end * kPack<T>;
+  }
 };
 
 // ---- read ---------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kReadThreads, 4) row_stats(const StatsArgs a) 
     if (!a.mask || a.mask[row]) {
       const float temperature = temperature_of(a, row), scale = kLog2E / temperature;
       const T* x = row_of<const T>(a.logits, row);
-      const int64_t target = a.target_ids[row];
+      const int64_t target = a.target_ids[row * a.k];
       const float target_logit = in_vocabulary(target, vocab) ? widen(x[target]) : NAN;
       const Sums sums = block.total<kEntropy>(read_row<kEntropy, false>(x, vocab, scale), scale);
       logprob = logprob_of(sums, target_logit, temperature);
@@ -111,8 +111,16 @@ __global__ void __launch_bounds__(kReadThreads, 4) row_stats(const StatsArgs a) 
       row_max = sums.row_max;
       log_sum = log_sum_of(sums);
     }
+#pragma unroll 1
+    for (int64_t i = row * a.k + 1 + threadIdx.x; i < (row + 1) * a.k; i += blockDim.x) {
+      const int64_t target = a.target_ids[i];
+      const bool inside = in_vocabulary(target, vocab);
+      const float logit = inside ? widen(row_of<const T>(a.logits, row)[target]) : NAN;
+      const bool reads = !a.mask || a.mask[row];
+      a.logprobs[i] = reads ? (logit - row_max) / temperature_of(a, row) - log_sum : 0.0f;
+    }
     if (threadIdx.x == 0) {
-      a.logprobs[row] = logprob;
+      a.logprobs[row * a.k] = logprob;
       if (kEntropy) a.entropy[row] = entropy;
       a.row_max[row] = row_max;
       a.log_sum[row] = log_sum;
@@ -121,19 +129,40 @@ __global__ void __launch_bounds__(kReadThreads, 4) row_stats(const StatsArgs a) 
 }
 
 // A row in pieces of `piece` packs, each of one block. (With four blocks to a multiprocessor it
-// would spill.)
-template <class T>
+// would spill.) kSeveral: of a row's targets each is the thread's of its place among them, in the
+// block that writes its entry.
+template <class T, bool kSeveral>
 __global__ void __launch_bounds__(kReadThreads, 3)
     row_gradient(const GradientArgs a, const int64_t pieces, const int64_t piece) {
   const int64_t vocab = a.vocab;
   for (int64_t item = blockIdx.x; item < a.rows * pieces; item += gridDim.x) {
     const int64_t row = item / pieces, begin = item % pieces * piece;
     const T* x = row_of<const T>(a.logits, row);
-    const int64_t target = a.target_ids[row], packs = Span<T>(x, vocab).packs;
+    const int64_t target = a.target_ids[row * a.k], packs = Span<T>(x, vocab).packs;
     const int64_t end = begin + piece < packs ? begin + piece : packs;
-    RowGradient c = row_gradient_of<true>(a, row);
-    if (!in_vocabulary(target, vocab)) c.b = NAN;
-    write_row<true>(x, row_of<T>(a.gradient, row), vocab, target, c, begin, end, begin == 0);
+    if constexpr (!kSeveral) {
+      RowGradient c = row_gradient_of<true>(a, row, a.g[row]);
+      if (!in_vocabulary(target, vocab)) c.b = NAN;
+      write_row<true>(x, row_of<T>(a.gradient, row), vocab, target, c, begin, end, begin == 0);
+    } else {
+      T* dx = row_of<T>(a.gradient, row);
+      const int64_t* targets = a.target_ids + row * a.k;
+      float g = 0.0f, pulls = 0.0f;
+      for (int64_t i = threadIdx.x % 32; i < a.k; i += 32) {
+        g += in_vocabulary(targets[i], vocab) ? a.g[row * a.k + i] : NAN;
+        pulls += fabsf(a.g[row * a.k + i]);
+      }
+      RowGradient c = row_gradient_of<true>(a, row, warp_sum(g));
+      c.zero = c.h == 0.0f && warp_sum(pulls) == 0.0f;  // targets whose g cancel have their entries
+      const int64_t own = threadIdx.x < a.k ? targets[threadIdx.x] : -1;
+      const bool mine = in_vocabulary(own, vocab) && !c.zero && c.b == c.b &&
+                        Span<T>(x, vocab).has(own, begin, end, begin == 0);
+      const float logit = mine ? widen(x[own]) : 0.0f;
+      __syncthreads();  // the row may be overwritten
+      write_row<true>(x, dx, vocab, target, c, begin, end, begin == 0);
+      __syncthreads();
+      if (mine) narrow(gradient_at_target(a, row, threadIdx.x, c, logit), dx[own]);
+    }
   }
 }
 
@@ -186,10 +215,10 @@ template <class T>
 void gradient_with(const GradientArgs& args, int device, uintptr_t stream) {
   const int64_t piece = kReadThreads * kUnroll * 2, packs = args.vocab / kPack<T> + 1;
   const int64_t pieces = (packs + piece - 1) / piece;
-  const Grid grid{
-      persistent_blocks(persistent, row_gradient<T>, device, kReadThreads, args.rows * pieces),
-      kReadThreads, kPartBytes, 0};
-  Launcher(grid, stream).run("row_gradient", row_gradient<T>, args, pieces, piece);
+  const auto kernel = args.k > 1 ? row_gradient<T, true> : row_gradient<T, false>;
+  const Grid grid{persistent_blocks(persistent, kernel, device, kReadThreads, args.rows * pieces),
+                  kReadThreads, kPartBytes, 0};
+  Launcher(grid, stream).run("row_gradient", kernel, args, pieces, piece);
 }
 
 }  // namespace
@@ -202,7 +231,7 @@ void load_streaming() {
   each_dtype([](auto t) {
     using T = decltype(t);
     load(fused_streaming<T, false>, fused_streaming<T, true>, fused_divergence<T>,
-         row_stats<T, false>, row_stats<T, true>, row_gradient<T>);
+         row_stats<T, false>, row_stats<T, true>, row_gradient<T, false>, row_gradient<T, true>);
   });
 }
 

@@ -38,7 +38,14 @@ if TYPE_CHECKING:
 def _load() -> Any:
     """The module, if it knows the codes by the same names."""
     module = importlib.import_module("dcpo_kernels._C")
-    for names in ("SURROGATES", "DIVERGENCES", "KL_ESTIMATORS", "CLIPPED", "AGGREGATIONS"):
+    for names in (
+        "SURROGATES",
+        "DIVERGENCES",
+        "KL_ESTIMATORS",
+        "ROLLOUT_MODES",
+        "CLIPPED",
+        "AGGREGATIONS",
+    ):
         found, wanted = getattr(module, names, None), getattr(objective, names)
         if found != wanted:
             raise ImportError(f"it is of another version: its {names} are {found}, not {wanted}")
@@ -123,7 +130,11 @@ def fused_arguments(
 def row_stats_arguments(
     logits: Tensor, targets: Targets, options: Options, stats: RowStats
 ) -> dict[str, Any]:
-    return {**_shape(logits, options.temperature), **_named(targets, stats)}
+    return {
+        **_shape(logits, options.temperature),
+        **_named(targets, stats),
+        "k": targets.target_ids.numel() // row_count(logits),
+    }
 
 
 def row_gradient_arguments(
@@ -136,6 +147,7 @@ def row_gradient_arguments(
     return {
         **_shape(logits, temperature),
         **_named(coefficients),
+        "k": coefficients.target_ids.numel() // row_count(logits),
         "gradient": view(gradient),
         "factor": _address(factor),
     }

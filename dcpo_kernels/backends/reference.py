@@ -22,6 +22,7 @@ from dcpo_kernels.decide import (
     TOPK_KL,
     TOPK_TV,
     log_ratio_part,
+    rollout_weight,
 )
 from dcpo_kernels.decide import decide as decide_tokens
 from dcpo_kernels.objective import (
@@ -52,7 +53,7 @@ def unavailable(device: str = "cpu") -> str:
 class Softmax(NamedTuple):
     """One softmax per row. All [N]."""
 
-    logprobs: Tensor  # log-probability of the target
+    logprobs: Tensor  # log-probability of the target; [N, K] of K of them
     entropy: Tensor
     row_max: Tensor  # of the logits
     log_sum: Tensor  # logsumexp of (logits - row_max) / temperature
@@ -78,14 +79,14 @@ def log_softmax(logits: Tensor, temperature: Temperature) -> Tensor:
 
 
 def softmax_stats(logits: Tensor, target_ids: Tensor, temperature: Temperature = 1.0) -> Softmax:
-    """logits [N, V], target_ids [N]."""
+    """logits [N, V], target_ids [N] or [N, K]."""
     z, row_max = shifted(logits, temperature)
     log_p = torch.log_softmax(z, dim=-1)
     p = log_p.exp()
     # H = -sum p log p; an entry with p = 0 has log p = -inf and contributes 0, to the gradient too
     entropy = -torch.where(p == 0, 0.0, p * torch.where(p == 0, 0.0, log_p)).sum(-1)
     return Softmax(
-        log_p.gather(-1, target_ids[:, None]).squeeze(-1),
+        log_p.gather(-1, target_ids.view(len(log_p), -1)).view_as(target_ids),
         entropy,
         row_max.squeeze(-1),
         torch.logsumexp(z, -1),
@@ -190,7 +191,7 @@ def fused(
             tokens.advantages,
             entropy=_weighted(stats.entropy, tokens.entropy_weights),
             ref_logprobs=tokens.ref_logprobs,
-            importance_weights=tokens.importance_weights,
+            importance_weights=_importance(numbers, tokens, old),
             log_ratio=tokens.log_ratio,
             divergence=divergence(
                 numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
@@ -204,6 +205,15 @@ def fused(
     for result, values in zip(results, found, strict=True):
         if result.numel():
             result.copy_(_counted(values.detach(), read, 1 if values is decision.ratio else 0))
+
+
+def _importance(numbers: Numbers, tokens: records.Tokens, old: Tensor) -> Tensor | None:
+    """What multiplies the policy term; old: the old log-probabilities, or the policy's own."""
+    weights = tokens.importance_weights
+    if tokens.rollout_logprobs is None:
+        return weights
+    of_rollout = rollout_weight(numbers, old - tokens.rollout_logprobs)
+    return of_rollout if weights is None else weights * of_rollout
 
 
 def _weighted(entropy: Any, entropy_weights: Tensor | None) -> Any:
@@ -227,14 +237,14 @@ def row_stats(
     logits: Tensor, targets: records.Targets, options: records.Options, stats: records.RowStats
 ) -> None:
     dtype = compute_dtype(logits)
-    read = torch.ones_like(targets.target_ids, dtype=torch.bool)
+    read = torch.ones_like(stats.row_max, dtype=torch.bool)
     if targets.mask is not None:
         read = targets.mask != 0
     temperature = _temperature(targets.temperatures, read, options.temperature, dtype)
     x, ids = _read_rows(logits, read).to(dtype), _read_rows(targets.target_ids, read, 0)
     for result, values in zip(stats, softmax_stats(x, ids, temperature), strict=True):
         if result.numel():
-            result.copy_(_counted(values, read))
+            result.copy_(_read_rows(values, read.view(-1)).view_as(result))
 
 
 def row_gradient(
@@ -245,17 +255,19 @@ def row_gradient(
     temperature: float,
 ) -> None:
     c, dtype = coefficients, compute_dtype(logits)
-    read = c.g != 0 if c.h is None else (c.g != 0) | (c.h != 0)
+    ids, g = (x.view(c.row_max.numel(), -1) for x in (c.target_ids, c.g))  # [N, K]
+    read = (g != 0).any(-1).view_as(c.row_max)
+    read = read if c.h is None else read | (c.h != 0)
     T = _temperature(c.temperatures, read, temperature, dtype)
     T = T[:, None] if isinstance(T, Tensor) else T
     x = _read_rows(logits, read).to(dtype)
-    row_max, log_sum, g = (
-        _read_rows(value, read)[:, None] for value in (c.row_max, c.log_sum, c.g)
-    )
+    row_max, log_sum = (_read_rows(value, read)[:, None] for value in (c.row_max, c.log_sum))
     log_p = (x - row_max) / T - log_sum
     p = log_p.exp()
-    target = torch.zeros_like(p).scatter_(1, _read_rows(c.target_ids, read, 0)[:, None], 1.0)
-    dx = g * (target - p)
+    rows = read.view(-1)
+    ids, g = _read_rows(ids, rows, 0), _read_rows(g, rows)
+    own = torch.zeros_like(p).scatter_add_(1, ids, g)  # of the targets that are this entry
+    dx = own * (1 - p) - (g.sum(-1, keepdim=True) - own) * p
     if c.h is not None:
         h, entropy = _read_rows(c.h, read)[:, None], _read_rows(c.entropy, read)[:, None]
         dx = dx - torch.where(p == 0, 0.0, h * p * (log_p + entropy))
@@ -338,7 +350,7 @@ def decide(
     index = torch.searchsorted(groups.offsets[1:], rows, right=True).clamp(max=max(count - 1, 0))
     if groups.by_response:
         # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t))
-        importance = tokens.importance_weights
+        importance = _importance(numbers, tokens, old)
         importance = torch.ones_like(logprobs) if importance is None else importance
         parts = log_ratio_part(numbers, logprobs, old, tokens.advantages, importance)
         parts = torch.where(live.view(-1), parts, 0.0)
@@ -353,7 +365,7 @@ def decide(
         tokens.advantages,
         entropy=_weighted(entropy, tokens.entropy_weights),
         ref_logprobs=tokens.ref_logprobs,
-        importance_weights=tokens.importance_weights,
+        importance_weights=_importance(numbers, tokens, old),
         log_ratio=log_ratio,
     )
     for result, values in zip(

@@ -169,7 +169,7 @@ def _run(
 
 def _constants(numbers: Numbers) -> tuple[tuple[Any, ...], tuple[float, ...]]:
     """What a kernel is compiled for, and the numbers that it is given."""
-    surrogate, divergence, kl_estimator, old_kl_estimator, *values = numbers
+    surrogate, divergence, kl_estimator, old_kl_estimator, rollout_mode, *values = numbers
     constants = (
         surrogate,
         divergence,
@@ -177,6 +177,7 @@ def _constants(numbers: Numbers) -> tuple[tuple[Any, ...], tuple[float, ...]]:
         old_kl_estimator if numbers.old_kl_coef != 0 else None,
         numbers.entropy_coef != 0,
         numbers.penalty_coef != 0,
+        rollout_mode,
     )
     return constants, tuple(values)
 
@@ -230,6 +231,7 @@ def row_stats(
     logits: Tensor, targets: records.Targets, options: records.Options, stats: records.RowStats
 ) -> None:
     strides, aligned = _layout(logits)
+    k = targets.target_ids.numel() // row_count(logits)
     mask = None if targets.mask is None else targets.mask.view(torch.uint8)
     _launch(
         "row_stats",
@@ -242,9 +244,11 @@ def row_stats(
             *stats._replace(entropy=_filled(stats.entropy)),
             row_count(logits),
             logits.shape[-1],
+            k,
             *strides,
             options.temperature,
         ),
+        k > 1,
         aligned=(aligned,),
     )
 
@@ -257,6 +261,7 @@ def row_gradient(
     temperature: float,
 ) -> None:
     (strides, aligned), (dx_strides, dx_aligned) = _layout(logits), _layout(gradient)
+    k = coefficients.target_ids.numel() // row_count(logits)
     _launch(
         "row_gradient",
         logits,
@@ -267,10 +272,12 @@ def row_gradient(
             factor,
             row_count(logits),
             logits.shape[-1],
+            k,
             *strides,
             *dx_strides[1:],
             temperature,
         ),
+        k > 1,
         aligned=(aligned, dx_aligned),
     )
 

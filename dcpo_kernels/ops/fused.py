@@ -47,16 +47,16 @@ def _run(
     options: Options,
     backend: str,
 ) -> Results:
-    count, vocab = logits.shape[:-1].numel(), logits.shape[-1]
+    count = logits.shape[:-1].numel()
     k = 0 if rows.topk_ids is None else rows.topk_ids.shape[-1]
     if rows.old_logits is not None and rows.old_logits.shape != logits.shape:
         raise ValueError(f"old_logits {list(rows.old_logits.shape)}, logits {list(logits.shape)}")
     plain = rows._replace(old_logits=None)
     check_tensors(logits, plain, count, topk_ids=count * k, topk_logprobs=count * k)
     check_tensors(logits, tokens, count)
-    check_ids("target_ids", rows.target_ids, vocab, tokens.weights)
+    check_ids("target_ids", rows.target_ids, logits, tokens.weights)
     if rows.topk_ids is not None:
-        check_ids("topk_ids", rows.topk_ids, vocab, tokens.weights)
+        check_ids("topk_ids", rows.topk_ids, logits, tokens.weights)
         check_distinct("topk_ids", rows.topk_ids, tokens.weights)
     results = _results(logits, options)
     if logits.numel():

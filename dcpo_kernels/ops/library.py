@@ -92,12 +92,17 @@ def check_distinct(name: str, ids: Tensor, read: Tensor) -> None:
         raise ValueError(f"{name}[{row}] has the id {int(in_order[row, k])} more than once")
 
 
-def check_ids(name: str, ids: Tensor, vocab: int, read: Tensor | None) -> None:
+def targets_per_row(logits: Tensor, target_ids: Tensor) -> int:
+    return target_ids.shape[-1] if target_ids.dim() == logits.dim() else 1
+
+
+def check_ids(name: str, ids: Tensor, logits: Tensor, read: Tensor | None) -> None:
     """IndexError for an id outside the vocabulary in a row that is read.
 
     ids [N] or [N, K]; read [N], nonzero where the row is read. On a GPU looking would mean waiting
     for it: there the kernels give such a row a loss of NaN, and only DCPO_KERNELS_CHECK=1 looks.
     """
+    vocab = logits.shape[-1]
     if ids.device.type != "cpu" and os.environ.get("DCPO_KERNELS_CHECK") != "1":
         return
     if not ids.numel():
@@ -105,14 +110,12 @@ def check_ids(name: str, ids: Tensor, vocab: int, read: Tensor | None) -> None:
     lowest, highest = torch.aminmax(ids)
     if lowest.item() >= 0 and highest.item() < vocab:
         return
-    bad = (ids < 0) | (ids >= vocab)
+    bad = ((ids < 0) | (ids >= vocab)).view(logits.shape[:-1].numel(), -1)
     if read is not None:
-        bad = bad.view(read.numel(), -1) & (read.view(-1, 1) != 0)
-    else:
-        bad = bad.view(-1, 1)
+        bad = bad & (read.view(-1, 1) != 0)
     if bad.any():
         row, k = bad.nonzero()[0].tolist()
-        at = [row, k] if name == "topk_ids" else [row]
+        at = [row, k] if bad.shape[1] > 1 else [row]
         raise IndexError(
             f"{name}{at} is {int(ids.view(bad.shape)[row, k])}, outside the vocabulary of {vocab} "
             f"(row {row})"

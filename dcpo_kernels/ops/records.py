@@ -1,8 +1,8 @@
 """What the operators take and return: each argument is named here and nowhere else.
 
 The schemas are made from these records, and the launchers of every backend take them whole. N is
-the number of rows, one per token; a tensor of one value per row has the shape of target_ids, [N] or
-[B, T], and is contiguous.
+the number of rows, one per token; a tensor of one value per row has the shape of the logits without
+their vocabulary, [N] or [B, T], and is contiguous.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Tokens(NamedTuple):
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
     log_ratio: Tensor | None = None  # that the ratio is taken from; None: logp - old_logp
+    rollout_logprobs: Tensor | None = None  # by the engine that sampled; None: rollout_mode is too
     entropy_weights: Tensor | None = None  # of the entropy term, times the weight; None: 1
 
 
@@ -53,7 +54,7 @@ class Results(NamedTuple):
 class Targets(NamedTuple):
     """Which rows are read, and for what."""
 
-    target_ids: Tensor  # [N] int64
+    target_ids: Tensor  # [N] or [N, K] int64
     mask: Tensor | None  # [N] bool or uint8; the results of other rows are 0; None: all are read
     temperatures: Tensor | None  # [N] float32; None: Options.temperature for all of them
 
@@ -62,22 +63,22 @@ class RowStats(NamedTuple):
     """lse = row_max / temperature + log_sum, in two parts: added up, a row shifted by 1e4 would
     lose four digits. [N] float32, float64 for float64 logits."""
 
-    logprobs: Tensor
+    logprobs: Tensor  # of the shape of target_ids
     entropy: Tensor  # [0] unless asked for
     row_max: Tensor
     log_sum: Tensor
 
 
 class RowCoefficients(NamedTuple):
-    """dx_j = factor/T [g (1[j = y] - p_j) - h p_j (log p_j + H)]. [N] float32, float64 for float64
-    logits. A row with g = h = 0 is not read, its gradient is 0."""
+    """dx_j = factor/T [sum_k g_k (1[j = y_k] - p_j) - h p_j (log p_j + H)]. [N] float32, float64
+    for float64 logits. A row with g = h = 0 is not read, its gradient is 0."""
 
-    target_ids: Tensor  # [N] int64
+    target_ids: Tensor  # [N] or [N, K] int64; an id may come more than once
     temperatures: Tensor | None  # None: the number `temperature` for all of them
     row_max: Tensor
     log_sum: Tensor
     entropy: Tensor | None  # None where h is
-    g: Tensor
+    g: Tensor  # of the shape of target_ids
     h: Tensor | None  # None: no entropy term
 
 

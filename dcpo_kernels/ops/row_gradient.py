@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
-from dcpo_kernels.ops.library import check_places, check_scalar, check_tensors, define
+from dcpo_kernels.objective import MAX_K
+from dcpo_kernels.ops.library import (
+    check_places,
+    check_scalar,
+    check_tensors,
+    define,
+    targets_per_row,
+)
 from dcpo_kernels.ops.records import RowCoefficients, schema_of, unpack
 
 _SCHEMA = f"{schema_of(RowCoefficients)}, Tensor? factor, float temperature, str backend"
@@ -21,7 +28,10 @@ def _run(
     temperature: float,
     backend: str,
 ) -> None:
-    check_tensors(logits, coefficients, logits.shape[:-1].numel())
+    count, k = logits.shape[:-1].numel(), targets_per_row(logits, coefficients.target_ids)
+    if k > MAX_K:
+        raise ValueError(f"target_ids has {k} ids per row, a gradient takes up to {MAX_K}")
+    check_tensors(logits, coefficients, count, target_ids=count * k, g=count * k)
     if factor is not None:
         check_scalar(logits, factor)
     if logits.numel():

@@ -130,6 +130,7 @@ void run() {
   const bool decided_by_response = coin(), spread = decided_by_response && coin();
   const bool with_old = pick(0, 3) > 0, with_importance = numbers.surrogate != kGamma && coin();
   const bool with_log_ratio = coin(), with_entropy_weights = coin();
+  const bool with_rollout = coin();
   auto decide = [&](Out& o) {
     return DecideArgs{rows,
                       count,
@@ -141,6 +142,7 @@ void run() {
                       old.data(),
                       with_importance ? advantages.data() : nullptr,
                       with_log_ratio ? old.data() : nullptr,
+                      with_rollout ? advantages.data() : nullptr,
                       with_entropy_weights ? advantages.data() : nullptr,
                       numbers,
                       decided_by_response,
