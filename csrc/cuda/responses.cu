@@ -8,6 +8,7 @@
 // percent of the 40 GB that the row kernel moves for the same rows of 151,936 16-bit logits. decide
 // moves 25 to 41 bytes per row on all multiprocessors.
 #include "cuda/numbers.cuh"
+#include "cuda/rows.h"
 #include "cuda/runtime.h"
 #include "responses.h"
 
@@ -212,6 +213,10 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishArgs a) {
 }
 
 }  // namespace
+
+void load_responses() {
+  load(token_weights_kernel, decide_kernel, decide_responses_kernel, finish_kernel);
+}
 
 void cuda_token_weights(const TokenWeightsArgs& args, int device, uintptr_t stream) {
   DeviceGuard guard(device);
