@@ -92,7 +92,7 @@ def _kernel(operator: Operator, inputs: Inputs, cluster: int = cuda.BY_TABLE) ->
     objective, logits = inputs.objective, inputs.logits
     if operator.name != "fused" or objective.ratio_level == "sequence":
         return ""
-    if objective.needs_topk or objective.needs_old_logits:
+    if objective.beyond_target:
         return ""
     return cuda.plan(logits.shape[-1], logits.itemsize, logits.get_device(), cluster)
 

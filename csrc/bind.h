@@ -70,12 +70,12 @@ void fill(Args& args, const Field<Args> (&table)[n], const py::dict& given) {
 
 #define FIELD(name) DCPO_FIELD(Objective, name)
 inline const Field<Objective> kObjectiveFields[] = {
-    FIELD(surrogate),    FIELD(divergence),   FIELD(kl_estimator), FIELD(old_kl_estimator),
-    FIELD(rollout_mode), FIELD(eps_low),      FIELD(eps_high),     FIELD(ratio_max),
-    FIELD(ratio_cap),    FIELD(floor_low),    FIELD(floor_high),   FIELD(power_low),
-    FIELD(power_high),   FIELD(limit_low),    FIELD(limit_high),   FIELD(kl_coef),
-    FIELD(old_kl_coef),  FIELD(entropy_coef), FIELD(penalty_coef), FIELD(rollout_low),
-    FIELD(rollout_high),
+    FIELD(surrogate),    FIELD(divergence),      FIELD(kl_estimator), FIELD(old_kl_estimator),
+    FIELD(rollout_mode), FIELD(score_centering), FIELD(eps_low),      FIELD(eps_high),
+    FIELD(ratio_max),    FIELD(ratio_cap),       FIELD(floor_low),    FIELD(floor_high),
+    FIELD(power_low),    FIELD(power_high),      FIELD(limit_low),    FIELD(limit_high),
+    FIELD(kl_coef),      FIELD(old_kl_coef),     FIELD(entropy_coef), FIELD(penalty_coef),
+    FIELD(rollout_low),  FIELD(rollout_high),
 };
 #undef FIELD
 

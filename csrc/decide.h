@@ -54,11 +54,13 @@ constexpr float kMaxLogRatio = 20.0f;
 constexpr float kMinProb = 1.17549435e-38f;
 // Lower bound on the probability of all tokens that a top-K divergence does not list.
 constexpr float kMinRest = 1e-12f;
-// Ids per row of a top-K divergence.
+// The same in a centre, whose floats have no more digits of 1 - sum p.
+constexpr float kMinCentreRest = 1e-6f;
+// Ids per row that are listed.
 constexpr int kMaxK = 128;
 
 struct Objective {
-  int surrogate, divergence, kl_estimator, old_kl_estimator, rollout_mode;
+  int surrogate, divergence, kl_estimator, old_kl_estimator, rollout_mode, score_centering;
   float eps_low, eps_high;  // low: for A < 0, high: for A >= 0
   float ratio_max, ratio_cap;
   float floor_low, floor_high;
@@ -72,7 +74,7 @@ struct Token {
   float logprob, old_logprob, advantage;
   float importance;  // multiplies the policy term; 1 where there is none
   float ref_logprob, entropy;
-  float divergence;  // top-K and full divergences; binary ones are computed here
+  float divergence;  // top-K and full divergences, or the centre; binary ones are computed here
   float log_ratio;   // logprob - old_logprob, or the mean of that over the response (GSPO)
 };
 
@@ -83,12 +85,12 @@ struct Decision {
   float ratio;
   Clipped clipped;
   float through_ratio;    // the part of g that comes through the ratio
-  float divergence_coef;  // dloss/ddivergence of a penalty on a top-K or full divergence; a binary
-                          // one's is in g
+  float divergence_coef;  // dloss/ddivergence of a centre or a penalty on a top-K or full
+                          // divergence; a binary one's is in g
 };
 
 DCPO_HD bool needs_topk(const Objective& o) {
-  return o.divergence == kTopkTv || o.divergence == kTopkKl;
+  return o.score_centering || o.divergence == kTopkTv || o.divergence == kTopkKl;
 }
 DCPO_HD bool needs_old_logits(const Objective& o) {
   return o.divergence == kFullTv || o.divergence == kFullKl;
@@ -107,6 +109,12 @@ DCPO_HD float rollout_weight(const Objective& o, float log_ratio) {
   const bool below = w<o.rollout_low, above = w> o.rollout_high;
   if (o.rollout_mode == kTruncate) return below ? o.rollout_low : above ? o.rollout_high : w;
   return below || above ? 0.0f : w;
+}
+
+// The weight that kReinforce makes of a ratio.
+DCPO_HD float cut_weight(const Objective& o, float A, float r) {
+  const float floor = A < 0.0f ? o.floor_low : o.floor_high;
+  return r > o.ratio_cap ? o.ratio_cap : r < floor ? floor : r;
 }
 
 DCPO_HD float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x; }
@@ -130,28 +138,52 @@ DCPO_HD float binary_slope(int kind, float logp, float old_logp) {
   return (not_p < kMinRest ? 0.0f : not_q * p / not_p) - q;
 }
 
-// One listed token of a top-K divergence; `finish_topk` adds the bucket of all others.
-DCPO_HD float topk_term(int kind, float logp, float old_logp) {
+// The listed tokens' probabilities, which leave a bucket of all others.
+struct Masses {
+  float p = 0.0f, q = 0.0f;
+};
+
+// What a listed token's log p is multiplied with in the centre, q f(p/q) - alpha p (arXiv
+// 2609.20807); alpha is of the bucket.
+DCPO_HD float centre_slope(const Objective& o, float A, float logp, float old_logp, Masses listed) {
+  const float p = expf(logp), q = expf(old_logp), log_ratio = logp - old_logp;
+  const float rest_p = 1.0f - listed.p > kMinCentreRest ? 1.0f - listed.p : kMinCentreRest;
+  const float rest_q = 1.0f - listed.q > kMinCentreRest ? 1.0f - listed.q : kMinCentreRest;
+  const float alpha = rest_q / rest_p * cut_weight(o, A, rest_p / rest_q);
+  // a sampled token would have no gradient
+  const bool none = q == 0.0f || fabsf(log_ratio) > kMaxLogRatio;
+  return (none ? 0.0f : q * cut_weight(o, A, expf(log_ratio))) - alpha * p;
+}
+
+// One listed token of a top-K divergence or a centre; `finish_topk` adds the bucket.
+DCPO_HD float topk_term(const Objective& o, float A, float logp, float old_logp, Masses listed) {
+  if (o.score_centering) {
+    const float slope = centre_slope(o, A, logp, old_logp, listed);
+    return slope == 0.0f ? 0.0f : slope * logp;
+  }
   const float p = expf(logp), q = expf(old_logp);
-  if (kind == kTopkTv) return fabsf(p - q);
+  if (o.divergence == kTopkTv) return fabsf(p - q);
   return q > 0.0f ? q * (old_logp - logp) : 0.0f;
 }
 
-DCPO_HD float finish_topk(int kind, float sum, float mass_p, float mass_q) {
-  const float rest_p = 1.0f - mass_p > kMinRest ? 1.0f - mass_p : kMinRest;
-  const float rest_q = 1.0f - mass_q > kMinRest ? 1.0f - mass_q : kMinRest;
-  if (kind == kTopkTv) return 0.5f * (sum + fabsf(rest_p - rest_q));
+DCPO_HD float finish_topk(const Objective& o, float sum, Masses listed) {
+  if (o.score_centering) return sum;
+  const float rest_p = 1.0f - listed.p > kMinRest ? 1.0f - listed.p : kMinRest;
+  const float rest_q = 1.0f - listed.q > kMinRest ? 1.0f - listed.q : kMinRest;
+  if (o.divergence == kTopkTv) return 0.5f * (sum + fabsf(rest_p - rest_q));
   return sum + rest_q * (logf(rest_q) - logf(rest_p));
 }
 
-// The gradient of a top-K divergence in a listed logit is e - p sum(e), in any other -p sum(e),
-// over T. Here: e = p (dD/dp - dD/drest_p).
-DCPO_HD float topk_slope(int kind, float logp, float old_logp, float mass_p, float mass_q) {
+// The gradient of a top-K divergence or a centre in a listed logit is e - p sum(e), in any other
+// -p sum(e), over T. Here: e = p (dD/dp - dD/drest_p).
+DCPO_HD float topk_slope(const Objective& o, float A, float logp, float old_logp, Masses listed) {
+  if (o.score_centering) return centre_slope(o, A, logp, old_logp, listed);
   const float p = expf(logp), q = expf(old_logp);
-  const float rest_p = 1.0f - mass_p;
-  const float rest_q = 1.0f - mass_q > kMinRest ? 1.0f - mass_q : kMinRest;
+  const float rest_p = 1.0f - listed.p;
+  const float rest_q = 1.0f - listed.q > kMinRest ? 1.0f - listed.q : kMinRest;
   const bool clamped = rest_p < kMinRest;
-  if (kind == kTopkTv) return 0.5f * p * (sign(p - q) - (clamped ? 0.0f : sign(rest_p - rest_q)));
+  if (o.divergence == kTopkTv)
+    return 0.5f * p * (sign(p - q) - (clamped ? 0.0f : sign(rest_p - rest_q)));
   return (clamped ? 0.0f : p * rest_q / rest_p) - q;
 }
 
@@ -239,7 +271,7 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
     g = -A * 4.0f * (gate * (1.0f - gate)) * r;
   } else if (o.surrogate == kReinforce) {
     const float floor = A < 0.0f ? o.floor_low : o.floor_high;
-    float weight = r > o.ratio_cap ? o.ratio_cap : r < floor ? floor : r;
+    float weight = cut_weight(o, A, r);
     if (!masks(o)) {
       const bool moves = floor < o.ratio_cap;  // else the weight is one constant
       if (moves && r > o.ratio_cap) clipped = kClippedCap;
@@ -325,6 +357,10 @@ DCPO_HD Decision decide(const Objective& o, const Token& t) {
     h = -o.entropy_coef;
   }
   float divergence_coef = 0.0f;
+  if (o.score_centering) {
+    divergence_coef = A * t.importance;
+    loss += divergence_coef * divergence;
+  }
   if (o.penalty_coef != 0.0f) {
     const float excess = divergence - (A < 0.0f ? o.limit_low : o.limit_high);
     loss += excess <= 0.0f ? 0.0f : o.penalty_coef * excess;

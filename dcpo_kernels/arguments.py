@@ -594,14 +594,13 @@ def _topk(
         if ids is not None or logprobs is not None:
             raise ValueError(
                 f"topk_ids and topk_logprobs are for the top-K divergences (not "
-                f"{objective.divergence!r}), or both of them for a function"
+                f"{objective.divergence!r}) and score centering, or both of them for a function"
             )
         return None, None
     if ids is None or logprobs is None:
         missing = "topk_ids" if ids is None else "topk_logprobs"
         raise ValueError(
-            f"divergence={objective.divergence!r} needs {missing}, shape "
-            f"{[*logits.shape[:-1], 'K']}"
+            f"{objective.beyond_target} needs {missing}, shape {[*logits.shape[:-1], 'K']}"
         )
     most = MAX_K - by_function  # a function has the target's beside them
     for name, x, dtypes in (("topk_ids", ids, IDS), ("topk_logprobs", logprobs, FLOATS)):

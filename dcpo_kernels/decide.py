@@ -39,7 +39,7 @@ class Decision(NamedTuple):
 
     loss: Tensor  # differentiable in the log-probabilities, the entropy and the divergence
     g: Tensor  # dloss/dlogp; dloss/dH is -entropy_coef, and a penalty on a top-K or full divergence
-    # has its gradient through that
+    # has its gradient through that, as has a centre
     ratio: Tensor
     clipped: Tensor  # int8, CLIP_*
     through_ratio: Tensor  # the part of g that comes through the ratio
@@ -83,6 +83,12 @@ def rollout_weight(o: Numbers, log_ratio: Tensor) -> Tensor:
     if o.rollout_mode == TRUNCATE:
         return torch.where(below, o.rollout_low, torch.where(above, o.rollout_high, w))
     return torch.where(below | above, 0.0, w)
+
+
+def cut_weight(o: Numbers, A: Tensor, r: Tensor) -> Tensor:
+    """The weight that REINFORCE makes of a ratio."""
+    floor = by_sign(A, o.floor_low, o.floor_high)
+    return torch.where(r > o.ratio_cap, o.ratio_cap, torch.where(r < floor, floor, r))
 
 
 def is_binary(o: Numbers) -> bool:
@@ -183,7 +189,8 @@ def decide(
     log_ratio: replaces logp - old_logp in the ratio (a response's mean for ratio_level="sequence");
     the gradient still goes to the token's own log-probability, s * exp(logp - stop(logp)) (GSPO eq.
     14).
-    divergence: the token's, where it takes more than the sampled token to know it (top-K, full).
+    divergence: the token's, where it takes more than the sampled token to know it (top-K, full);
+    with score_centering its centre.
     """
     A = advantages
     if log_ratio is None:
@@ -206,7 +213,7 @@ def decide(
         g = -A * 4 * (gate * (1 - gate)).detach() * r
     elif o.surrogate == REINFORCE:
         floor = by_sign(A, o.floor_low, o.floor_high)
-        weight = torch.where(r > o.ratio_cap, o.ratio_cap, torch.where(r < floor, floor, r))
+        weight = cut_weight(o, A, r)
         if not masks(o):
             moves = floor < o.ratio_cap  # else the weight is one constant, and nothing is clipped
             clipped = torch.where(moves & (r > o.ratio_cap), CLIP_CAP, clipped)
@@ -269,6 +276,10 @@ def decide(
     if importance_weights is not None and o.surrogate != GAMMA:
         loss = loss * importance_weights
         g = g * importance_weights
+    if o.score_centering:
+        assert divergence is not None
+        pull = A if importance_weights is None else A * importance_weights
+        loss = loss + pull * divergence
     through_ratio = g
     if o.surrogate in (REINFORCE, GAMMA):
         through_ratio = torch.zeros_like(g)

@@ -314,7 +314,7 @@ def policy_loss(
     entropy_weights: per token; the entropy term is then -entropy_coef * sum entropy_weights *
         entropy, whatever the tokens' weights are, over tokens that are read.
     topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported, no id twice in
-        a row; for dppo's top-K divergences, or a function (K <= 127).
+        a row; for dppo's top-K divergences, score centering or a function (K <= 127).
     old_logits: of the logits' shape, in any of their dtypes; for dppo's full divergences.
     kept_ids: [.., S], padded with -1, the ids that each token was sampled from (top-k, top-p), or
         [M] with kept_offsets [N + 1] where row i has those from kept_offsets[i] to
@@ -360,10 +360,10 @@ def policy_loss(
     arguments.check_transforms("policy_loss", logits)
     objective, found = arguments.objective_of(objective), None
     if kept_ids is not None:
-        if objective.needs_topk or objective.needs_old_logits:
+        if objective.beyond_target:
             raise ValueError(
-                f"kept_ids go with divergences of the sampled token alone, and objective "
-                f"{objective.name} has {objective.divergence!r}"
+                f"kept_ids go with what looks at the sampled token alone, and objective "
+                f"{objective.name} has {objective.beyond_target}"
             )
         if inplace:
             arguments.check_in_place(logits)
@@ -509,9 +509,9 @@ def policy_loss_from_logprobs(
         drop_nonfinite=drop_nonfinite,
         backend=backend,
     )
-    if objective.needs_topk or objective.needs_old_logits:
+    if objective.beyond_target:
         raise ValueError(
-            f"divergence={objective.divergence!r} takes more of a row than its log-probability: "
+            f"{objective.beyond_target} takes more of a row than its log-probability: "
             "it goes with policy_loss"
         )
     if objective.entropy_coef != 0 and entropy is None:

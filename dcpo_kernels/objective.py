@@ -45,7 +45,8 @@ CLIP_NONE, CLIP_HIGH, CLIP_LOW, CLIP_CAP, CLIP_REGION = range(len(CLIPPED))
 MAX_LOG_RATIO = 20.0  # |logp - old_logp| and |ref_logp - logp| are clamped to it before exp
 MIN_PROB = 1.1754943508222875e-38  # smallest normal float32: q = 0 and denormal q must not give 0/0
 MIN_REST = 1e-12  # floor of the probability of whatever is not listed in a divergence
-MAX_K = 128  # ids per row of a top-K divergence
+MIN_CENTRE_REST = 1e-6  # the same in a centre, whose floats have no more digits of 1 - sum p
+MAX_K = 128  # ids per row that are listed
 
 
 class Numbers(NamedTuple):
@@ -57,6 +58,7 @@ class Numbers(NamedTuple):
     kl_estimator: int
     old_kl_estimator: int
     rollout_mode: int
+    score_centering: int
     eps_low: float
     eps_high: float
     ratio_max: float
@@ -81,6 +83,7 @@ _CODES = {
     "kl_estimator": KL_ESTIMATORS,
     "old_kl_estimator": KL_ESTIMATORS,
     "rollout_mode": ROLLOUT_MODES,
+    "score_centering": (False, True),
 }
 _NUMBERS = Numbers._fields[len(_CODES) :]
 
@@ -123,6 +126,9 @@ class Objective:
     rollout_mode, rollout_low, rollout_high: what is made of w = q / the probability by the engine
         that sampled (`rollout_logprobs`), which multiplies the policy term: "truncate" cuts it to
         the range, "mask" makes it 0 outside.
+    score_centering: reinforce: less what its weight leaves of the score's mean over the engine's
+        distribution (arXiv 2609.20807), which is known by its top K; `old_logprobs` are the
+        engine's too.
     function: the token's loss in the place of everything here but the aggregation, from
         `TokenValues`.
     """
@@ -151,6 +157,7 @@ class Objective:
     rollout_mode: str = "none"
     rollout_low: float = 0.0
     rollout_high: float = math.inf
+    score_centering: bool = False
     function: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
@@ -159,7 +166,7 @@ class Objective:
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{self.name}: {name}={getattr(self, name)!r} is not one of "
-                    f"{', '.join(allowed)}"
+                    f"{', '.join(map(str, allowed))}"
                 )
         for name in _NUMBERS:
             value = getattr(self, name)
@@ -239,6 +246,13 @@ class Objective:
                 f"ratio_level={self.ratio_level!r} responses"
             )
 
+        centres = weighs and self.divergence == "none" and not self.by_response
+        if self.score_centering and not centres:
+            raise ValueError(
+                f"{self.name}: score_centering goes with surrogate='reinforce' (cispo, topr, "
+                "reinforce), divergence='none' and ratio_level='token', not "
+                f"{self.surrogate!r}, {self.divergence!r} and {self.ratio_level!r}"
+            )
         if not 0 <= self.rollout_low <= self.rollout_high:
             raise ValueError(
                 f"{self.name}: rollout_low={self.rollout_low} and rollout_high={self.rollout_high} "
@@ -276,8 +290,16 @@ class Objective:
 
     @property
     def needs_topk(self) -> bool:
-        return self.divergence in ("topk_tv", "topk_kl")
+        return self.score_centering or self.divergence in ("topk_tv", "topk_kl")
 
     @property
     def needs_old_logits(self) -> bool:
         return self.divergence in ("tv", "kl")
+
+    @property
+    def beyond_target(self) -> str:
+        """The setting that looks at more of a row than its target; "" where none does."""
+        if self.score_centering:
+            return "score_centering=True"
+        looks = self.needs_topk or self.needs_old_logits
+        return f"divergence={self.divergence!r}" if looks else ""

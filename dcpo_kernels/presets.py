@@ -143,7 +143,8 @@ def dppo(
 def cispo(ratio_cap: float = 5.0, ratio_floor: float = 0.0, **parts: Any) -> Objective:
     """The ratio as a constant weight, cut at a floor and a cap, on the log-probability (CISPO,
     arXiv 2506.13585, eq. 4). TRL's epsilon_high is the cap itself, by default 0.2; verl's and
-    slime's are 1 - floor and cap - 1."""
+    slime's are 1 - floor and cap - 1. `cispo(score_centering=True)` takes the weighted score's mean
+    away (arXiv 2609.20807), from the engine's topk_ids and topk_logprobs."""
     objective = Objective(
         "cispo", "reinforce", ratio_cap=ratio_cap, floor_low=ratio_floor, floor_high=ratio_floor
     )

@@ -51,7 +51,8 @@ def kl_cov(share=2e-4, coef=1.0):
 def score_centering(cap=2.0):
     """The truncated ratio as a weight on the score, less what that weight leaves of the score's
     mean over the engine's distribution (arXiv 2609.20807): its top K and one bucket for the rest.
-    Goes with topk_ids and topk_logprobs; old_logprobs are the engine's too."""
+    Goes with topk_ids and topk_logprobs; old_logprobs are the engine's too. Two passes over a row:
+    dk.cispo(cap, score_centering=True) is the same in one."""
 
     def loss(t):
         log_p, q, p = t.topk_logprobs, t.old_topk_logprobs.exp(), t.topk_logprobs.detach().exp()

@@ -54,6 +54,13 @@ def sign(x):
 
 
 @triton.jit
+def cut_weight(A, r, ratio_cap, floor_low, floor_high):
+    """The weight that REINFORCE makes of a ratio."""
+    floor = tl.where(A < 0, floor_low, floor_high)
+    return tl.where(r > ratio_cap, ratio_cap, tl.where(r < floor, floor, r))
+
+
+@triton.jit
 def binary_divergence(logprob, old_logprob, DIVERGENCE: tl.constexpr):
     """Between two policies told apart by the sampled token alone (DPPO section 4)."""
     p, q = tl.exp(logprob), tl.exp(old_logprob)
@@ -152,7 +159,7 @@ def decide(
     importance,  # multiplies the policy term
     ref_logprob,
     entropy,
-    divergence,  # top-K and full; the binary ones are computed here
+    divergence,  # top-K and full, or the centre; the binary ones are computed here
     eps_low,
     eps_high,
     ratio_max,
@@ -173,12 +180,13 @@ def decide(
     OLD_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     WITH_PENALTY: tl.constexpr,
+    SCORE_CENTERING: tl.constexpr,
     log_ratio=None,  # of the whole response, in the place of the token's own
 ):
     """loss, g = dloss/dlogprob, h = dloss/dentropy, ratio, clipped, and dloss/ddivergence of a
-    penalty on a top-K or full divergence (a binary one's is in g), and the part of g that comes
-    through the ratio. A NaN among the log-probs makes
-    all of loss, g and ratio NaN: every comparison below is false for it."""
+    centre or a penalty on a top-K or full divergence (a binary one's is in g), and the part of g
+    that comes through the ratio. A NaN among the log-probs makes all of loss, g and ratio NaN:
+    every comparison below is false for it."""
     A = advantage
     if log_ratio is None:
         log_ratio = logprob - old_logprob
@@ -198,7 +206,7 @@ def decide(
         g = -A * 4 * (gate * (1 - gate)) * r
     elif SURROGATE == REINFORCE:
         floor = tl.where(A < 0, floor_low, floor_high)
-        weight = tl.where(r > ratio_cap, ratio_cap, tl.where(r < floor, floor, r))
+        weight = cut_weight(A, r, ratio_cap, floor_low, floor_high)
         if not MASKS:
             moves = floor < ratio_cap  # else the weight is one constant, and nothing is clipped
             clipped = tl.where(moves & (r > ratio_cap), CLIP_CAP, CLIP_NONE)
@@ -279,6 +287,9 @@ def decide(
         loss -= entropy_coef * entropy
         h = -entropy_coef
     divergence_coef = 0.0
+    if SCORE_CENTERING:
+        divergence_coef = A * importance
+        loss += divergence_coef * divergence
     if WITH_PENALTY:
         excess = divergence - tl.where(A < 0, limit_low, limit_high)
         loss += tl.where(excess <= 0, 0.0, penalty_coef * excess)

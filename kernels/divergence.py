@@ -5,7 +5,14 @@ import triton
 import triton.language as tl
 
 from dcpo_kernels import objective as objectives
-from dcpo_kernels.kernels.decide import FULL_TV, MIN_REST, TOPK_TV, sign
+from dcpo_kernels.kernels.decide import (
+    FULL_TV,
+    MAX_LOG_RATIO,
+    MIN_REST,
+    TOPK_TV,
+    cut_weight,
+    sign,
+)
 from dcpo_kernels.kernels.softmax import (
     LN2,
     LOG2E,
@@ -22,6 +29,7 @@ from dcpo_kernels.kernels.softmax import (
 from dcpo_kernels.kernels.tiles import LANE_AXIS, last_tile, load_masked, store_masked, sum_of_lane
 
 MAX_K = tl.constexpr(objectives.MAX_K)
+MIN_CENTRE_REST = tl.constexpr(objectives.MIN_CENTRE_REST)
 
 # ---- over listed tokens -------------------------------------------------------------------------
 
@@ -70,12 +78,25 @@ def topk_slopes(logprobs, old_logprobs, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
+def centre_slopes(logprobs, old_logprobs, A, ratio_cap, floor_low, floor_high):
+    """[K]: what log p of listed tokens is multiplied with in the centre, q f(p/q) - alpha p (arXiv
+    2609.20807); alpha is of the bucket for the rest. 0 where both are -inf."""
+    p, q, log_ratio = tl.exp(logprobs), tl.exp(old_logprobs), logprobs - old_logprobs
+    rest_p = tl.maximum(1 - tl.sum(p, 0), MIN_CENTRE_REST)
+    rest_q = tl.maximum(1 - tl.sum(q, 0), MIN_CENTRE_REST)
+    alpha = rest_q / rest_p * cut_weight(A, rest_p / rest_q, ratio_cap, floor_low, floor_high)
+    none = (q == 0) | (tl.abs(log_ratio) > MAX_LOG_RATIO)  # a sampled token would have no gradient
+    weights = cut_weight(A, tl.exp(log_ratio), ratio_cap, floor_low, floor_high)
+    return tl.where(none, 0.0, q * weights) - alpha * p
+
+
+@triton.jit
 def store_listed(
     dx,
     ids,
     logits,
     logprobs,
-    slopes,  # times dloss/ddivergence
+    slopes,  # times dloss/ddivergence, or that of the centre
     total,  # their sum, which write_row was given as a part of g
     target,
     vocab,

@@ -299,6 +299,7 @@ def decide(
     OLD_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     WITH_PENALTY: tl.constexpr,
+    SCORE_CENTERING: tl.constexpr,  # False: it takes more than a log-probability
     ROLLOUT_MODE: tl.constexpr,
     BY_RESPONSE: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -382,6 +383,7 @@ def decide(
             OLD_KL,
             WITH_ENTROPY_TERM,
             WITH_PENALTY,
+            SCORE_CENTERING,
             moved,
         )
         tl.store(token_loss + at, tl.where(live, loss, 0.0), mask=here)

@@ -19,6 +19,7 @@ from dcpo_kernels.kernels.decide import (
 )
 from dcpo_kernels.kernels.divergence import (
     MAX_K,
+    centre_slopes,
     full_kl,
     full_tv,
     listed_tokens,
@@ -96,6 +97,7 @@ def fused(
     OLD_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     WITH_PENALTY: tl.constexpr,
+    SCORE_CENTERING: tl.constexpr,
     ROLLOUT_MODE: tl.constexpr,
     ALIGNED: tl.constexpr,  # logits; the next two: gradient, old_logits
     DX_ALIGNED: tl.constexpr,
@@ -109,7 +111,7 @@ def fused(
     2 more of the old row."""
     VECTOR: tl.constexpr = 128 // logits.dtype.element_ty.primitive_bitwidth if ALIGNED else 1
     WITH_ENTROPY: tl.constexpr = entropies is not None
-    TOPK: tl.constexpr = DIVERGENCE == TOPK_TV or DIVERGENCE == TOPK_KL
+    TOPK: tl.constexpr = SCORE_CENTERING or DIVERGENCE == TOPK_TV or DIVERGENCE == TOPK_KL
     FULL: tl.constexpr = DIVERGENCE == FULL_TV or DIVERGENCE == FULL_KL
     lane, step = tile_columns(BLOCK, LANES, VECTOR)
     vocab = assume_multiple(vocab, VECTOR, IS_MULTIPLE)
@@ -136,11 +138,19 @@ def fused(
 
             logprob = (x_target - row_max) / T - log_sum
             old = logprob if old_logprobs is None else tl.load(old_logprobs + row)
+            advantage = tl.load(advantages + row)
             divergence = 0.0
             if TOPK:
-                old_listed = tl.where(sampled, old, old_listed)
                 listed = (x_listed - row_max) / T - log_sum
-                divergence = topk_divergence(listed, old_listed, DIVERGENCE)
+                if SCORE_CENTERING:
+                    given = tl.where(sampled, float("-inf"), listed)
+                    slopes = centre_slopes(
+                        given, old_listed, advantage, ratio_cap, floor_low, floor_high
+                    )
+                    divergence = tl.sum(tl.where(slopes == 0, 0.0, slopes * given), 0)
+                else:
+                    old_listed = tl.where(sampled, old, old_listed)
+                    divergence = topk_divergence(listed, old_listed, DIVERGENCE)
             if FULL:
                 old_x = row_of(
                     old_logits, row, per_batch, old_batch_stride, old_row_stride, OLD_ALIGNED
@@ -161,7 +171,7 @@ def fused(
             loss, g, h, r, code, divergence_coef, _ = decide(
                 logprob,
                 old,
-                tl.load(advantages + row),
+                advantage,
                 importance,
                 0.0 if ref_logprobs is None else tl.load(ref_logprobs + row),
                 entropy_weight * entropy,
@@ -186,6 +196,7 @@ def fused(
                 OLD_KL,
                 WITH_ENTROPY_TERM,
                 WITH_PENALTY,
+                SCORE_CENTERING,
                 None if log_ratio is None else tl.load(log_ratio + row),
             )
 
@@ -194,8 +205,11 @@ def fused(
                 h *= weight * entropy_weight
                 divergence_coef *= weight
                 total = 0.0
-                if TOPK and WITH_PENALTY:
-                    slopes = divergence_coef * topk_slopes(listed, old_listed, DIVERGENCE)
+                PULLS_TOPK: tl.constexpr = TOPK and (WITH_PENALTY or SCORE_CENTERING)
+                if PULLS_TOPK:
+                    if not SCORE_CENTERING:
+                        slopes = topk_slopes(listed, old_listed, DIVERGENCE)
+                    slopes *= divergence_coef
                     total = tl.sum(slopes, 0)
                 if FULL and WITH_PENALTY:
                     write_row_beside(
@@ -241,7 +255,7 @@ def fused(
                         BLOCK,
                         WITH_ENTROPY_TERM,
                     )
-                if TOPK and WITH_PENALTY:
+                if PULLS_TOPK:
                     store_listed(
                         dx,
                         ids,

@@ -27,6 +27,7 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "inverse_sqrt": partial(dk.inverse_sqrt, 0.02),
     "sapo": dk.sapo,
     "cispo": partial(dk.cispo, 1.3, 0.8),
+    "cispo-centered": partial(dk.cispo, 1.3, 0.8, score_centering=True),
     "icepop": partial(dk.icepop, 0.8, 1.25),
     # A test that adds a KL term has another estimator of it with each of these.
     "ipo": partial(dk.ipo, 0.03, 0.1, kl_estimator="k1"),
@@ -51,7 +52,8 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "penalty-kl": partial(dk.dppo, "kl", (0.1, 0.15), penalty_coef=0.8),
 }
 CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "sapo": {0}}  # of `clipped`
-CODES |= {"cispo": {0, 2, 3}, "icepop": {0, 4}, "ipo": {0, 4}, "up": {0, 2, 3}, "topr": {0, 3}}
+CODES |= {name: {0, 2, 3} for name in ("cispo", "cispo-centered")}
+CODES |= {"icepop": {0, 4}, "ipo": {0, 4}, "up": {0, 2, 3}, "topr": {0, 3}}
 CODES |= {"spo": {0}, "drpo": {0}, "reinforce": {0}, "vespo": {0}, "gmpo": {0, 1, 2}}
 CODES |= {name: {0, 1, 2} for name in ("grpo", "dapo", "gspo", "inverse_sqrt")}
 CODES |= {name: {0, 4} for name in OBJECTIVES if name.startswith("dppo")}
@@ -275,6 +277,8 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
     g = value("advantages").abs() * ratio
     if "quadratic" in objective.surrogate:
         g = g * (1 + (1 + ratio) / objective.eps_high)
+    if objective.score_centering:  # the centre pulls with up to f + alpha
+        g = g + 2 * value("advantages").abs() * objective.ratio_cap
     if "importance_weights" in arguments:
         g = g * value("importance_weights")
     if objective.surrogate == "gamma":

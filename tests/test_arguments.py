@@ -35,6 +35,7 @@ TOPK = PACKED | {
     "topk_logprobs": -torch.ones(N, 2),
 }
 FULL = PACKED | {"objective": dk.dppo("tv"), "old_logits": torch.randn(N, V)}
+CENTERED = dk.cispo(score_centering=True)
 KL = dk.grpo(kl_coef=0.1)
 GONE = object()  # leave the argument out
 
@@ -130,6 +131,7 @@ MISTAKES = [
     mistake("topk_ids int64 float32", TypeError, TOPK, topk_ids=zeros(N, 2)),
     mistake("topk_ids [6, 'K'] list", TypeError, TOPK, topk_ids=[[0, 1]] * N),
     mistake("topk_logprobs meta cpu", ValueError, TOPK, topk_logprobs=zeros(N, 2, device="meta")),
+    mistake("score_centering=True topk_ids [6, 'K']", ValueError, objective=CENTERED),
     mistake("topk_ids topk_logprobs 'none'", ValueError, topk_ids=zeros(N, 2).long()),
     mistake("'tv' old_logits [6, 11]", ValueError, FULL, old_logits=GONE),
     mistake("old_logits [6, 11] [6, 12]", ValueError, FULL, old_logits=zeros(N, V + 1)),

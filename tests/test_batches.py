@@ -141,7 +141,7 @@ def test_entropy_weights(use_backend, name):
 @on_backends("reference", CPU[0], *SLOW, *GPU)
 @pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on-policy"])
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
-@pytest.mark.parametrize("name", ["dcpo", "gspo", "vespo", "penalty-topk_kl"])
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "vespo", "penalty-topk_kl", "cispo-centered"])
 def test_another_engine_sampled(use_backend, name, mode, on_policy):
     """In the pass, what rollout_weights makes of log-probabilities that are there before it."""
     p = problem(OBJECTIVES[name](), layout="padded", lengths=LENGTHS, importance="token")
@@ -187,8 +187,7 @@ def test_tokens_that_are_not_finite(use_backend, layout):
     assert not torch.isfinite(p.run(old_logprobs=old, backend=use_backend)[0].loss)
 
 
-FROM_LOGPROBS = [name for name in OBJECTIVES if not OBJECTIVES[name]().needs_topk]
-FROM_LOGPROBS = [name for name in FROM_LOGPROBS if not OBJECTIVES[name]().needs_old_logits]
+FROM_LOGPROBS = [name for name in OBJECTIVES if not OBJECTIVES[name]().beyond_target]
 
 
 @on_backends("reference", CPU[0], *SLOW, *GPU)
@@ -253,7 +252,7 @@ def test_mistakes(case, backend):
         p.run(**arguments, backend=backend)
 
 
-@pytest.mark.parametrize("name", ["dppo-topk_tv", "dppo-kl"])
+@pytest.mark.parametrize("name", ["dppo-topk_tv", "dppo-kl", "cispo-centered"])
 def test_logprobs_are_too_little_for_some(name):
     with pytest.raises(ValueError, match="takes more of a row than its log-probability"):
         dk.policy_loss_from_logprobs(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import CPU, GPU, SLOW, on_backends
+from backends import CPU, EVERYWHERE, GPU, SLOW, on_backends
 from problems import assert_matches, problem
 
 import dcpo_kernels as dk
@@ -170,8 +170,9 @@ def test_high_entropy_tokens_are_trls(tokens):
     assert 0 < mask.sum() < counts.sum() / 3
 
 
-@on_backends("reference", CPU[0], *SLOW, *GPU)
-def test_centered_scores_have_no_mean(use_backend):
+@on_backends(*EVERYWHERE)
+@pytest.mark.parametrize("in_pass", [False, True])
+def test_centered_scores_have_no_mean(in_pass, use_backend):
     """Over every token that the engine may have sampled, with its probability, the gradient of one
     advantage is 0; without the centre it is not. With a cap that nothing meets, p/q centers
     itself."""
@@ -200,12 +201,27 @@ def test_centered_scores_have_no_mean(use_backend):
         "topk_logprobs": top.values.float().expand(vocab, -1),
     }
     for cap in (1.2, 100.0):
-        centered = mean_gradient(examples.score_centering(cap), **given)
+        centre = dk.cispo(cap, score_centering=True) if in_pass else examples.score_centering(cap)
+        centered = mean_gradient(centre, **given)
         assert centered.abs().max() < 1e-6
     plain = mean_gradient(dk.cispo(1.2))
     assert plain.abs().max() > 1e-2
     far = mean_gradient(dk.cispo(100.0))
     assert far.abs().max() < 1e-6
+
+
+@on_backends(*EVERYWHERE)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_centre_in_the_pass_is_that_of_the_function(layout, use_backend):
+    p = problem(dk.cispo(1.3, score_centering=True), lengths=LENGTHS, layout=layout)
+    found, gradient = p.run(backend=use_backend)
+    want, want_gradient = p.run(objective=examples.score_centering(1.3), backend=use_backend)
+    close = {"rtol": 2e-5, "atol": 1e-6}
+    torch.testing.assert_close(found.token_loss, want.token_loss, **close)
+    torch.testing.assert_close(found.loss.detach(), want.loss.detach(), **close)
+    torch.testing.assert_close(gradient, want_gradient, **close)
+    with pytest.raises(ValueError, match="score_centering=True needs topk_logprobs"):
+        p.run(topk_logprobs=None, backend=use_backend)
 
 
 def test_a_function_has_the_top_k_and_the_target():

@@ -137,7 +137,7 @@ def test_masked_logits_in_a_full_divergence(name, low, where, use_backend):
 
 @everywhere
 @pytest.mark.parametrize("k", [1, 20, 128])
-@pytest.mark.parametrize("name", ["dppo-topk_tv", "dppo-topk_kl"])
+@pytest.mark.parametrize("name", ["dppo-topk_tv", "dppo-topk_kl", "cispo-centered"])
 def test_topk_with_and_without_the_sampled_token(name, k, use_backend):
     p = problem(OBJECTIVES[name](), vocab=300, lengths=(8,), drift=1.5)
     old = torch.log_softmax(p.base, 1)
@@ -147,6 +147,24 @@ def test_topk_with_and_without_the_sampled_token(name, k, use_backend):
     p.arguments["target_ids"][:4] = top.indices[:4, -1]
     p.arguments |= {"topk_ids": top.indices, "topk_logprobs": top.values}
     assert_matches(p, p.run(backend=use_backend), p.oracle())
+
+
+@everywhere
+@pytest.mark.parametrize("scale", [8, 40])
+@pytest.mark.parametrize("vocab", [20, 300])  # of which 20 are listed
+def test_a_centre_of_rows_with_next_to_nothing_beside_the_list(vocab, scale, use_backend):
+    """alpha divides by what float32 leaves of 1 - sum p: nothing in the gradient may be more than
+    an advantage. A weight that is never small makes alpha as large as it gets."""
+    objective = dk.reinforce(score_centering=True, aggregation="token-sum")
+    p = problem(objective, vocab=vocab, lengths=(8,))
+    top = torch.log_softmax(p.base, 1).topk(20)
+    p.base = scale * p.base
+    p.arguments |= {"topk_ids": top.indices, "topk_logprobs": top.values}
+    out, gradient = p.run(backend=use_backend)
+    _, want_gradient = p.oracle()
+    assert out.token_loss.isfinite().all() and want_gradient.abs().max() > 0.1
+    error = (gradient - want_gradient).abs() / p.arguments["advantages"].abs()[:, None]
+    assert error.max() < (1e-5 if vocab == 20 else 0.1)
 
 
 @on_backends(*SLOW, *GPU)

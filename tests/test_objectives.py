@@ -67,7 +67,7 @@ DEFAULTS = {
     "limit_low": INF, "limit_high": INF, "aggregation": "token-mean",
     "kl_coef": 0.0, "kl_estimator": "k3", "old_kl_coef": 0.0, "old_kl_estimator": "k3",
     "entropy_coef": 0.0, "penalty_coef": 0.0, "function": None,
-    "rollout_mode": "none", "rollout_low": 0.0, "rollout_high": INF,
+    "rollout_mode": "none", "rollout_low": 0.0, "rollout_high": INF, "score_centering": False,
 }  # fmt: skip
 
 
@@ -88,6 +88,8 @@ def test_dppo(divergence):
     assert asdict(objective) == expected
     assert objective.needs_topk == divergence.startswith("topk")
     assert objective.needs_old_logits == (divergence in ("tv", "kl"))
+    looks = "" if divergence.startswith("binary") else f"divergence={divergence!r}"
+    assert objective.beyond_target == looks
     own = dk.dppo(divergence, (0.1, 0.2), 3.0)
     assert (own.limit_low, own.limit_high, own.ratio_cap) == (0.1, 0.2, 3.0)
     assert dk.dppo(divergence, 0.3).limit_low == dk.dppo(divergence, 0.3).limit_high == 0.3
@@ -156,6 +158,29 @@ def test_every_preset_takes_parts_and_is_frozen(make):
         ({"penalty_coef": INF}, "penalty_coef=inf must be finite"),
         ({"rollout_high": 2.0}, "need rollout_mode='truncate' or 'mask'"),
         ({"rollout_mode": "mask", "rollout_low": 2, "rollout_high": 1}, "0 <= rollout_low <="),
+        ({"score_centering": "on"}, "score_centering='on' is not one of False, True"),
+        *(
+            ({"score_centering": True, **parts}, f"score_centering goes with .*, not {words}")
+            for parts, words in (
+                ({}, "'clip', 'none' and 'token'"),
+                (
+                    {"surrogate": "ratio-mask", "divergence": "binary_tv", "limit_low": 0.1},
+                    "'ratio-mask', 'binary_tv' and 'token'",
+                ),
+                (
+                    {"surrogate": "gamma", "ratio_level": "sequence"},
+                    "'gamma', 'none' and 'sequence'",
+                ),
+                (
+                    {"surrogate": "reinforce", "ratio_level": "sequence-token"},
+                    "'reinforce', 'none' and 'sequence-token'",
+                ),
+                (
+                    {"surrogate": "reinforce", "divergence": "topk_kl", "limit_low": 0.1},
+                    "'reinforce', 'topk_kl' and 'token'",
+                ),
+            )
+        ),
         ({"penalty_coef": 0.1}, "penalty_coef=0.1 needs a divergence to penalize"),
         (
             {"ratio_level": "sequence", "divergence": "tv", "penalty_coef": 0.1},
@@ -276,12 +301,9 @@ def through_a_kernel(objective, logp, old, A, ref, backend):
     return out, gradient[:, 0].double() / -torch.expm1(logp)
 
 
-SCALAR = ("none", "binary_tv", "binary_kl")  # divergences that need no more than the scalars
-
-
 @on_backends(*CPU)
 @pytest.mark.parametrize("kl_coef", [0.0, 0.2])
-@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if o().divergence in SCALAR])
+@pytest.mark.parametrize("name", [n for n, o in OBJECTIVES.items() if not o().beyond_target])
 def test_decide_on_a_grid(name, kl_coef, use_backend):
     """Ratios from e^-25 to e^25, past where they are held."""
     steps = torch.tensor([-25, -20.5, -19.5, -5, -1, -0.3, -0.05, 0, 0.05, 0.3, 1, 5, 19.5, 25.0])

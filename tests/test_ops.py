@@ -415,6 +415,15 @@ def frozen_loss(p, out, rows):
         )
         weight = w**k * (eps * (1 - w)).exp()
     terms = -A * (out.clipped != 4) * weight * logp - o.entropy_coef * entropy
+    if o.score_centering:  # arXiv 2609.20807
+        z, held = (x.double() / a["temperature"] for x in (rows, p.base))
+        log_p, p_v = (x.log_softmax(-1).gather(1, a["topk_ids"]) for x in (z, held))
+        p_v, q_v = p_v.exp(), a["topk_logprobs"].double().exp()
+        floor = torch.where(A < 0, o.floor_low, o.floor_high)[:, None]
+        rho = ((1 - q_v.sum(1)) / (1 - p_v.sum(1)))[:, None]
+        f, f_rest = (r.clamp(max=o.ratio_cap).maximum(floor) for r in (p_v / q_v, 1 / rho))
+        centre = ((q_v * f - rho * f_rest * p_v) * log_p).sum(1)
+        terms = terms + A * a["importance_weights"] * centre
     for kl, anchor in (("kl", a["ref_logprobs"]), ("old_kl", a["old_logprobs"])):
         d = anchor - logp
         estimates = {"k3": torch.expm1(d) - d, "abs": d.abs()}

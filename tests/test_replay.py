@@ -125,7 +125,7 @@ MISTAKES = [
         ValueError,
         {"kept_ids": torch.tensor([1, 2]), "kept_offsets": torch.arange(25)},
     ),
-    ("has 'topk_tv'", ValueError, {"objective": OBJECTIVES["dppo-topk_tv"]()}),
+    ("has divergence='topk_tv'", ValueError, {"objective": OBJECTIVES["dppo-topk_tv"]()}),
 ]
 
 

@@ -178,7 +178,7 @@ ESTIMATORS = {  # each to the reference and to the old policy
 DECIDED = {
     name: make()
     for name, make in {**OBJECTIVES, "icepop": lambda: dk.icepop(0.7, 1.3)}.items()
-    if not (make().needs_topk or make().needs_old_logits)
+    if not make().beyond_target
 }
 DECIDED |= {f"{name} with terms": OBJECTIVES[name](**EXTRAS) for name in ("dcpo", "gspo", "sapo")}
 DECIDED |= {f"dapo with {name}": objective for name, objective in ESTIMATORS.items()}
@@ -297,6 +297,9 @@ def test_decide_says_what_is_missing(backend):
         ops.decide(read.logprobs, None, *tokens, *numbers, *groups, backend)
     numbers = dk.dppo("topk_tv").numbers
     with pytest.raises(ValueError, match="topk_tv"):
+        ops.decide(*read, *tokens, *numbers, *groups, backend)
+    numbers = dk.cispo(score_centering=True).numbers
+    with pytest.raises(ValueError, match="score_centering takes more"):
         ops.decide(*read, *tokens, *numbers, *groups, backend)
 
 

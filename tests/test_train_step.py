@@ -202,6 +202,7 @@ BAD_CONFIGS = {
     "kl_coef=0.1 needs a reference model": {"objective": dk.grpo(kl_coef=0.1)},
     "divergence='topk_tv' needs more of the old policy": {"objective": dk.dppo("topk_tv")},
     "divergence='kl' needs more of the old policy": {"objective": dk.dppo("kl")},
+    "score_centering=True needs more of the old": {"objective": dk.cispo(score_centering=True)},
 }
 
 

@@ -5,22 +5,22 @@
 
 namespace dcpo {
 
-// One of the tokens of a top-K divergence, in the thread of its place in the list; the sampled
-// token, where it is not listed, in the one after them.
+// One of the tokens of a top-K divergence or a centre, in the thread of its place in the list; the
+// sampled token, where it is not listed, in the one after them.
 struct Listed {
-  bool there = false;
+  bool counted = false;  // in a centre the sampled token is not
   int64_t id = -1;
   float logit = -INFINITY, old_logprob = -INFINITY;
-  float mass_p = 0.0f, mass_q = 0.0f;  // of all of them
+  Masses masses{};  // of all of them
 };
 
-// Over the K listed tokens, the sampled one (where it is not among them) and one bucket for the
-// rest. NaN for an id outside the vocabulary.
+// The divergence over the K listed tokens, the sampled one (where it is not among them) and one
+// bucket for the rest, or the centre. NaN for an id outside the vocabulary.
 template <class T>
 __device__ float topk_divergence(const FusedArgs& a, int64_t row, const T* x, const Sums& sums,
                                  const RowInputs& in, float target_logit, BlockTotals& block,
                                  Listed& mine) {
-  const int kind = a.objective.divergence, thread = threadIdx.x, k = static_cast<int>(a.k);
+  const int thread = threadIdx.x, k = static_cast<int>(a.k);
   bool sampled = false, outside = false;
   if (thread < k) {
     const int64_t id = a.topk_ids[row * a.k + thread];
@@ -31,37 +31,31 @@ __device__ float topk_divergence(const FusedArgs& a, int64_t row, const T* x, co
   const bool listed = block.total(sampled ? 1.0f : 0.0f) > 0.0f;
   if (thread == k && !listed) {
     const float logp = logprob_of(sums, target_logit, temperature_of(a, row));
-    mine = {true, in.target, target_logit, old_logprob_of(a, in, logp)};
+    mine = {!a.objective.score_centering, in.target, target_logit, old_logprob_of(a, in, logp)};
   }
-  float term = 0.0f, p = 0.0f, q = 0.0f;
-  if (mine.there) {
-    const float logp = logprob_of(sums, mine.logit, temperature_of(a, row));
-    term = topk_term(kind, logp, mine.old_logprob);
-    p = expf(logp);
-    q = expf(mine.old_logprob);
-  }
-  if (outside) term = NAN;
-  mine.mass_p = block.total(p);
-  mine.mass_q = block.total(q);
-  return finish_topk(kind, block.total(term), mine.mass_p, mine.mass_q);
+  const float logp = logprob_of(sums, mine.logit, temperature_of(a, row));
+  mine.masses.p = block.total(mine.counted ? expf(logp) : 0.0f);
+  mine.masses.q = block.total(mine.counted ? expf(mine.old_logprob) : 0.0f);
+  float term = outside ? NAN : 0.0f;
+  if (mine.counted)
+    term = topk_term(a.objective, in.advantage, logp, mine.old_logprob, mine.masses);
+  return finish_topk(a.objective, block.total(term), mine.masses);
 }
 
 // write_row, and c.divergence_coef times the gradient of the divergence (topk_slope).
 template <class T>
 __device__ void write_row_with_topk(const FusedArgs& a, const T* x, T* dx, const RowInputs& in,
                                     const RowGradient& c, BlockTotals& block, const Listed& mine) {
-  float p = 0.0f, slope = 0.0f;
-  if (mine.there) {
-    const float logp = logprob_of(c, mine.logit);
-    p = expf(logp);
-    slope = topk_slope(a.objective.divergence, logp, mine.old_logprob, mine.mass_p, mine.mass_q);
-  }
+  const float logp = logprob_of(c, mine.logit), p = expf(logp);
+  float slope = 0.0f;
+  if (mine.counted)
+    slope = topk_slope(a.objective, in.advantage, logp, mine.old_logprob, mine.masses);
   const float total = block.total(slope);
   const RowGradient others = row_gradient_of<true>(c.g + c.divergence_coef * total, c.h, c.row_max,
                                                    c.log_sum, c.entropy, c.temperature);
   write_row<true>(x, dx, a.vocab, in.target, others, 0, Span<T>(x, a.vocab).packs, true);
   __syncthreads();
-  if (mine.there && in_vocabulary(mine.id, a.vocab))
+  if (in_vocabulary(mine.id, a.vocab))
     narrow(gradient_at<true>(c, mine.logit, mine.id == in.target) +
                c.divergence_coef * (slope - p * total) / c.temperature,
            dx[mine.id]);

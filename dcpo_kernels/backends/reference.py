@@ -21,6 +21,7 @@ from dcpo_kernels.decide import (
     GEOMETRIC_CLIP,
     TOPK_KL,
     TOPK_TV,
+    cut_weight,
     log_ratio_part,
     rollout_weight,
 )
@@ -32,6 +33,8 @@ from dcpo_kernels.objective import (
     CLIP_LOW,
     CLIP_NONE,
     CLIP_REGION,
+    MAX_LOG_RATIO,
+    MIN_CENTRE_REST,
     MIN_REST,
     Numbers,
 )
@@ -136,6 +139,27 @@ def divergence(
     return None
 
 
+def centre(
+    o: Numbers,
+    logits: Tensor,
+    advantages: Tensor,
+    temperature: Temperature,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+) -> Tensor:
+    """What a weight f of the ratio leaves of the score's mean over the engine's distribution q
+    (arXiv 2609.20807), [N]: sum over the top K of (q f(p/q) - alpha p) log p, and alpha of the
+    bucket for the rest, whose scores add up to minus those of the top K."""
+    log_p = log_softmax(logits, temperature).gather(-1, topk_ids.long())
+    log_q, A = topk_logprobs.to(log_p.dtype), advantages[:, None]
+    p, q, log_ratio = log_p.detach().exp(), log_q.exp(), log_p.detach() - log_q
+    none = (q == 0) | (log_ratio.abs() > MAX_LOG_RATIO)  # a sampled token would have no gradient
+    rest_p, rest_q = ((1 - x.sum(-1, keepdim=True)).clamp(min=MIN_CENTRE_REST) for x in (p, q))
+    alpha = rest_q / rest_p * cut_weight(o, A, rest_p / rest_q)
+    slopes = torch.where(none, 0.0, q * cut_weight(o, A, log_ratio.exp())) - alpha * p
+    return torch.where(slopes == 0, 0.0, slopes * log_p).sum(-1)
+
+
 # ---- the operators ------------------------------------------------------------------------------
 
 
@@ -184,6 +208,12 @@ def fused(
         x.requires_grad_(gradient is not None)
         stats = softmax_stats(x, ids, temperature)
         old = stats.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+        if numbers.score_centering:
+            beyond = centre(numbers, x, tokens.advantages, temperature, **topk)
+        else:
+            beyond = divergence(
+                numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
+            )
         decision = decide_tokens(
             numbers,
             stats.logprobs,
@@ -193,9 +223,7 @@ def fused(
             ref_logprobs=tokens.ref_logprobs,
             importance_weights=_importance(numbers, tokens, old),
             log_ratio=tokens.log_ratio,
-            divergence=divergence(
-                numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
-            ),
+            divergence=beyond,
         )
         loss = (tokens.weights * decision.loss).sum()
         dx = None if gradient is None else torch.autograd.grad(loss, x)[0]

@@ -169,14 +169,15 @@ def _run(
 
 def _constants(numbers: Numbers) -> tuple[tuple[Any, ...], tuple[float, ...]]:
     """What a kernel is compiled for, and the numbers that it is given."""
-    surrogate, divergence, kl_estimator, old_kl_estimator, rollout_mode, *values = numbers
+    surrogate, divergence, kl, old_kl, rollout_mode, centering, *values = numbers
     constants = (
         surrogate,
         divergence,
-        kl_estimator if numbers.kl_coef != 0 else None,
-        old_kl_estimator if numbers.old_kl_coef != 0 else None,
+        kl if numbers.kl_coef != 0 else None,
+        old_kl if numbers.old_kl_coef != 0 else None,
         numbers.entropy_coef != 0,
         numbers.penalty_coef != 0,
+        centering != 0,
         rollout_mode,
     )
     return constants, tuple(values)

@@ -39,6 +39,8 @@ def _check_needs(read: Read, tokens: Tokens, numbers: Numbers) -> None:
     if numbers.divergence > BINARY_KL:
         name = DIVERGENCES[numbers.divergence]
         raise ValueError(f"divergence={name!r} takes more of a row than its log-probability")
+    if numbers.score_centering:
+        raise ValueError("score_centering takes more of a row than its log-probability")
 
 
 def _launch(*flat):

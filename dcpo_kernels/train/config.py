@@ -74,9 +74,9 @@ class TrainConfig:
             raise ValueError(
                 f"{o.name}: kl_coef={o.kl_coef} needs a reference model, which this loop lacks"
             )
-        if o.needs_topk or o.needs_old_logits:
+        if o.beyond_target:
             raise ValueError(
-                f"{o.name}: divergence={o.divergence!r} needs more of the old policy than this "
+                f"{o.name}: {o.beyond_target} needs more of the old policy than this "
                 "loop keeps, the sampled tokens' log-probs; binary_tv and binary_kl work"
             )
 
