@@ -37,7 +37,8 @@ class Section(NamedTuple):
 
 
 BUILD = Section("build", 160, "$BUILD && ($INFO; nvidia-smi; nvcc --version; true)")
-SOME = "-k 'cluster_sizes or odd_rows or vocabularies or golden_batches' tests/test_gpu.py"
+SOME = "-k 'cluster_sizes or odd_rows or vocabularies or batch_on_kernels'"
+SOME += " tests/test_gpu.py tests/test_golden.py"
 ALL = "--continue-on-collection-errors --ignore-glob='*/test_train_*'"  # which need more packages
 PEERS = "fused two_pass read --objective dcpo,grpo --tokens 4096"
 PARTS = {

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels import backends
+from dcpo_kernels.backends import cuda
 from dcpo_kernels.bench import peers
 from dcpo_kernels.bench.calls import Call, Copy, Implementation
 from dcpo_kernels.bench.inputs import Inputs
 from dcpo_kernels.bench.operators import Operator
 
 BACKENDS = ("cpu", "cuda", "triton", "reference", "compile", "eager")
-# `fused` launched otherwise than by the backend's table: (backend, argument of its `fused` or
-# variable of its module, value).
+# `fused` launched otherwise than by the backend's table: (backend, argument of its `fused`, value).
 VARIANTS = {
     "cuda-streaming": ("cuda", "cluster", 0),
     **{f"cuda-cluster-{n}": ("cuda", "cluster", n) for n in (1, 2, 4, 8)},
@@ -57,7 +57,8 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
     def row(name: str, inplace: bool) -> Implementation:
         function = operator.ours(inputs, backend, inplace)
         make = partial(Call, operator, inputs, function, overwrites=inplace)
-        return Implementation(name, kind, make, traffic=traffic)
+        note = _kernel(operator, inputs) if backend == "cuda" else ""
+        return Implementation(name, kind, make, note, traffic=traffic)
 
     if reason:
         return [Implementation(backend, kind, None, reason, traffic=traffic)]
@@ -68,24 +69,32 @@ def _ours(operator: Operator, inputs: Inputs, backend: str) -> list[Implementati
 
 
 def _variant(operator: Operator, inputs: Inputs, name: str) -> list[Implementation]:
-    if operator.name != "fused" or inputs.objective.ratio_level == "sequence":
+    if operator.name != "fused" or inputs.objective.by_response:
         return []  # another kernel is launched
     backend, argument, value = VARIANTS[name]
     plain = _ours(operator, inputs, backend)[0]
     if plain.make is None:
         return [replace(plain, name=name)]
     function, kernels = operator.ours(inputs, backend, True), backends.kernels(backend)
-    changed = {argument: value}
-    if not hasattr(kernels, argument):
-        changed = {"fused": partial(kernels.fused, **changed)}
+    changed = partial(kernels.fused, **{argument: value})
 
     def run(logits: Tensor) -> Tensor:
-        with patch.multiple(kernels, **changed):
+        with patch.object(kernels, "fused", changed):
             return function(logits)
 
-    note = "streaming where a row does not fit" if argument == "cluster" and value else ""
+    note = _kernel(operator, inputs, value) if backend == "cuda" else ""
     make = partial(Call, operator, inputs, run, overwrites=True)
     return [replace(plain, name=f"{name}, in place", make=make, note=note)]
+
+
+def _kernel(operator: Operator, inputs: Inputs, cluster: int = cuda.BY_TABLE) -> str:
+    """What the CUDA backend does with a row, where more than one of its kernels could be asked."""
+    objective, logits = inputs.objective, inputs.logits
+    if operator.name != "fused" or objective.ratio_level == "sequence":
+        return ""
+    if objective.needs_topk or objective.needs_old_logits:
+        return ""
+    return cuda.plan(logits.shape[-1], logits.itemsize, logits.get_device(), cluster)
 
 
 def _plain(operator: Operator, inputs: Inputs, compiled: bool) -> Call:

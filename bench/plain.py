@@ -11,7 +11,7 @@ from torch import Tensor
 import dcpo_kernels as dk
 from dcpo_kernels.backends import reference
 from dcpo_kernels.bench.operators import Function
-from dcpo_kernels.decide import decide
+from dcpo_kernels.decide import GAMMA, decide, log_ratio_part
 
 
 def logprobs(target_ids: Tensor) -> Function:
@@ -57,9 +57,11 @@ def policy_loss(
         z = logits if temperature == 1 else logits / temperature
         logp = logprobs_of(z).flatten()
         entropy = log_ratio = divergence = None
-        if objective.ratio_level == "sequence":
-            moved = torch.where(counts, logp - old, 0.0)
-            log_ratio = (moved.new_zeros(responses).index_add(0, index, moved) / tokens)[index]
+        if objective.by_response:
+            parts = log_ratio_part(numbers, logp, old, A, torch.ones_like(A))
+            parts = torch.where(counts, parts, 0.0)
+            log_ratio = parts.new_zeros(responses).index_add(0, index, parts)
+            log_ratio = (log_ratio if numbers.surrogate == GAMMA else log_ratio / tokens)[index]
         if given:
             divergence = reference.divergence(
                 numbers.divergence, logits.flatten(0, -2), ids, old, temperature, **given

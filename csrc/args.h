@@ -39,8 +39,9 @@ struct FusedArgs : Batch {
   Objective objective;
   const float* old_logprobs;  // null: those of the policy itself, the ratio is 1
   const float *advantages, *weights, *ref_logprobs, *importance_weights;
-  const float* log_ratio;        // that the ratio is taken from; null: logp - old_logp
-  const float* entropy_weights;  // of the entropy term, as multiples of the weight; null: 1
+  const float* log_ratio;         // that the ratio is taken from; null: logp - old_logp
+  const float* rollout_logprobs;  // by the engine that sampled; null: no correction
+  const float* entropy_weights;   // of the entropy term, as multiples of the weight; null: 1
   float *token_loss, *logprobs, *entropy, *ratio;  // entropy: null where nobody asked for it
   int8_t* clipped;
 };

@@ -70,9 +70,12 @@ void fill(Args& args, const Field<Args> (&table)[n], const py::dict& given) {
 
 #define FIELD(name) DCPO_FIELD(Objective, name)
 inline const Field<Objective> kObjectiveFields[] = {
-    FIELD(surrogate), FIELD(divergence),   FIELD(eps_low),      FIELD(eps_high),
-    FIELD(ratio_max), FIELD(ratio_cap),    FIELD(limit_low),    FIELD(limit_high),
-    FIELD(kl_coef),   FIELD(entropy_coef), FIELD(penalty_coef),
+    FIELD(surrogate),    FIELD(divergence),   FIELD(kl_estimator), FIELD(old_kl_estimator),
+    FIELD(rollout_mode), FIELD(eps_low),      FIELD(eps_high),     FIELD(ratio_max),
+    FIELD(ratio_cap),    FIELD(floor_low),    FIELD(floor_high),   FIELD(power_low),
+    FIELD(power_high),   FIELD(limit_low),    FIELD(limit_high),   FIELD(kl_coef),
+    FIELD(old_kl_coef),  FIELD(entropy_coef), FIELD(penalty_coef), FIELD(rollout_low),
+    FIELD(rollout_high),
 };
 #undef FIELD
 
@@ -96,6 +99,7 @@ inline const Field<FusedArgs> kFusedFields[] = {
     FIELD(ref_logprobs),
     FIELD(importance_weights),
     FIELD(log_ratio),
+    FIELD(rollout_logprobs),
     FIELD(entropy_weights),
     FIELD(token_loss),
     FIELD(logprobs),
@@ -193,9 +197,11 @@ inline const Field<DecideArgs> kDecideFields[] = {
     FIELD(advantages),
     FIELD(weights),
     FIELD(by_response),
+    FIELD(spread),
     FIELD(ref_logprobs),
     FIELD(importance_weights),
     FIELD(log_ratio),
+    FIELD(rollout_logprobs),
     FIELD(entropy_weights),
     FIELD(offsets),
     FIELD(lengths),
@@ -239,6 +245,8 @@ inline void objective(py::module_& m) {
   };
   names("SURROGATES", kSurrogates);
   names("DIVERGENCES", kDivergences);
+  names("KL_ESTIMATORS", kKlEstimators);
+  names("ROLLOUT_MODES", kRolloutModes);
   names("CLIPPED", kClipped);
   names("AGGREGATIONS", kAggregations);
   py::class_<Objective>(m, "Objective", py::module_local())

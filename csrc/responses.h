@@ -60,9 +60,9 @@ struct DecideArgs {
   int64_t rows, count;
   const float *logprobs, *entropy;
   const float *old_logprobs, *advantages, *weights, *ref_logprobs, *importance_weights;
-  const float *log_ratio, *entropy_weights;  // as in FusedArgs
+  const float *log_ratio, *rollout_logprobs, *entropy_weights;  // as in FusedArgs
   Objective objective;
-  bool by_response;
+  bool by_response, spread;
   const int64_t *offsets, *lengths;
   float *token_loss, *ratio;
   int8_t* clipped;
@@ -172,9 +172,24 @@ DCPO_HD float old_logprob_of(const DecideArgs& a, int64_t row) {
   return a.old_logprobs ? a.old_logprobs[row] : a.logprobs[row];
 }
 
+DCPO_HD Token token_of(const DecideArgs& a, int64_t row) {
+  Token t;
+  t.logprob = a.logprobs[row];
+  t.old_logprob = old_logprob_of(a, row);
+  t.advantage = a.advantages[row];
+  t.importance = a.importance_weights ? a.importance_weights[row] : 1.0f;
+  if (a.rollout_logprobs)
+    t.importance *= rollout_weight(a.objective, t.old_logprob - a.rollout_logprobs[row]);
+  t.ref_logprob = a.ref_logprobs ? a.ref_logprobs[row] : 0.0f;
+  t.entropy = a.entropy ? a.entropy[row] : 0.0f;
+  t.divergence = 0.0f;  // a binary one follows from the token
+  t.log_ratio = a.log_ratio ? a.log_ratio[row] : t.logprob - t.old_logprob;
+  return t;
+}
+
 // What a row adds to its response's log-ratio: nothing where its weight is 0.
 DCPO_HD float log_ratio_of(const DecideArgs& a, int64_t row) {
-  return a.weights[row] == 0.0f ? 0.0f : a.logprobs[row] - old_logprob_of(a, row);
+  return a.weights[row] == 0.0f ? 0.0f : log_ratio_part(a.objective, token_of(a, row));
 }
 
 // A response has the rows [begin, end), and its ratio serves [begin, last): rows after the last
@@ -188,24 +203,23 @@ DCPO_HD ResponseRows rows_of(const DecideArgs& a, int64_t i) {
   return {a.offsets[i], end, i + 1 < a.count ? end : a.rows, a.lengths[i]};
 }
 
-// log_ratio: of the row's response; null: the row has its own.
-DCPO_HD void decide_row(const DecideArgs& a, int64_t row, const float* log_ratio) {
+// Whether a token has a share in the gradient of its response's ratio.
+DCPO_HD bool shares(const DecideArgs& a, int8_t clipped) {
+  return a.objective.surrogate != kGeometricClip || clipped == kClippedNone;
+}
+
+// log_ratio: the response's; null: the row has its own. What it returns pulls at the response's
+// ratio, with `spread` instead of at the row itself.
+DCPO_HD float decide_row(const DecideArgs& a, int64_t row, const float* log_ratio) {
   const float weight = a.weights[row];
-  Decision d{0.0f, 0.0f, 0.0f, 1.0f, kClippedNone, 0.0f};
+  Decision d{0.0f, 0.0f, 0.0f, 1.0f, kClippedNone, 0.0f, 0.0f};
   if (weight != 0.0f) {
-    Token t;
-    t.logprob = a.logprobs[row];
-    t.old_logprob = old_logprob_of(a, row);
-    t.advantage = a.advantages[row];
-    t.log_ratio = log_ratio     ? *log_ratio
-                  : a.log_ratio ? a.log_ratio[row]
-                                : t.logprob - t.old_logprob;
-    t.importance = a.importance_weights ? a.importance_weights[row] : 1.0f;
-    t.ref_logprob = a.ref_logprobs ? a.ref_logprobs[row] : 0.0f;
+    Token t = token_of(a, row);
+    if (log_ratio) t.log_ratio = *log_ratio;
     const float entropy_weight = a.entropy_weights ? a.entropy_weights[row] : 1.0f;
-    t.entropy = a.entropy ? entropy_weight * a.entropy[row] : 0.0f;
-    t.divergence = 0.0f;  // a binary one follows from the token
+    t.entropy *= entropy_weight;
     d = decide(a.objective, t);
+    if (a.spread && shares(a, d.clipped)) d.g -= d.through_ratio;
     d.g *= weight;
     d.h *= weight * entropy_weight;
   }
@@ -214,6 +228,12 @@ DCPO_HD void decide_row(const DecideArgs& a, int64_t row, const float* log_ratio
   a.clipped[row] = d.clipped;
   a.g[row] = d.g;
   if (a.h) a.h[row] = d.h;
+  return weight * d.through_ratio;
+}
+
+// A row's share of what pulls at its response's ratio, of which `mean` is the mean over its tokens.
+DCPO_HD void spread_to(const DecideArgs& a, int64_t row, float mean) {
+  if (a.weights[row] != 0.0f && shares(a, a.clipped[row])) a.g[row] += mean;
 }
 
 // ---- finish -------------------------------------------------------------------------------------
@@ -298,6 +318,12 @@ DCPO_HD void store(const FinishArgs& a, Summary<Real> s) {
 template <class Real>
 DCPO_HD float mean(Real sum, int64_t length) {
   return static_cast<float>(sum / static_cast<Real>(length > 0 ? length : 1));
+}
+
+// Of a response, from the sum over its rows: the mean, or the sum itself.
+template <class Real>
+DCPO_HD float response_log_ratio(const Objective& o, Real sum, int64_t length) {
+  return o.surrogate == kGamma ? static_cast<float>(sum) : mean(sum, length);
 }
 
 // ---- where they run -----------------------------------------------------------------------------

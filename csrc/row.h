@@ -33,10 +33,17 @@ static inline auto with_dtype(DType dtype, F&& f) {
   }
 }
 
+template <class F>
+static inline void each_dtype(F&& f) {
+  for (const DType dtype : {kBFloat16, kFloat16, kFloat32}) with_dtype(dtype, f);
+}
+
 template <class T>
 DCPO_HD T* row_of(const View& view, int64_t row) {
-  return static_cast<T*>(view.data) + row / view.per_batch * view.batch_stride +
-         row % view.per_batch * view.row_stride;
+  // A division takes a GPU some sixty instructions.
+  const int64_t batch = row < view.per_batch ? 0 : row / view.per_batch;
+  return static_cast<T*>(view.data) + batch * view.batch_stride +
+         (row - batch * view.per_batch) * view.row_stride;
 }
 
 // Temperatures per row are checked on a CPU only. One that is not > 0 makes its row NaN.
@@ -140,6 +147,8 @@ DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs&
   t.old_logprob = old_logprob_of(a, in, t.logprob);
   t.advantage = in.advantage;
   t.importance = in.importance;
+  if (a.rollout_logprobs)
+    t.importance *= rollout_weight(a.objective, t.old_logprob - a.rollout_logprobs[row]);
   t.ref_logprob = in.ref_logprob;
   const float entropy = kEntropy ? entropy_of(s) : 0.0f;
   const float entropy_weight = kEntropy && a.entropy_weights ? a.entropy_weights[row] : 1.0f;

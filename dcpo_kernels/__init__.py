@@ -4,6 +4,7 @@ logits."""
 from dcpo_kernels._version import __version__
 from dcpo_kernels.advantages import SmoothAdvantage, group_advantage, overlong_punishment
 from dcpo_kernels.critic import gae, value_loss
+from dcpo_kernels.function import TokenValues
 from dcpo_kernels.losses import (
     PolicyLoss,
     policy_loss,
@@ -19,19 +20,30 @@ from dcpo_kernels.presets import (
     dcpo,
     dppo,
     dr_grpo,
+    drpo,
+    gmpo,
     grpo,
     gspo,
     icepop,
     inverse_sqrt,
+    ipo,
+    luspo,
     ppo,
+    reinforce,
     sapo,
+    spo,
+    topr,
+    up,
+    vespo,
 )
 from dcpo_kernels.responses import token_weights
+from dcpo_kernels.rollout import rollout_mask, rollout_weights
 
 __all__ = [
     "Objective",
     "PolicyLoss",
     "SmoothAdvantage",
+    "TokenValues",
     "__version__",
     "bnpo",
     "cispo",
@@ -39,21 +51,32 @@ __all__ = [
     "dcpo",
     "dppo",
     "dr_grpo",
+    "drpo",
     "gae",
+    "gmpo",
     "group_advantage",
     "grpo",
     "gspo",
     "icepop",
     "inverse_sqrt",
+    "ipo",
+    "luspo",
     "overlong_punishment",
     "policy_loss",
     "policy_loss_from_logprobs",
     "ppo",
+    "reinforce",
     "response_utilization_ratio",
+    "rollout_mask",
+    "rollout_weights",
     "sapo",
     "selected_logprobs",
+    "spo",
     "summarize",
     "token_clipping_ratio",
     "token_weights",
+    "topr",
+    "up",
     "value_loss",
+    "vespo",
 ]

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dcpo_kernels import backends
-from dcpo_kernels.objective import AGGREGATIONS, MAX_K, Objective
+from dcpo_kernels.objective import AGGREGATIONS, MAX_K, WHOLE_RESPONSE, Objective
 from dcpo_kernels.ops.library import check_places
 from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens, replaced
+from dcpo_kernels.presets import dcpo
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int64, torch.int32)
@@ -44,6 +45,23 @@ class Batch(NamedTuple):
     inplace: bool
 
 
+_DEFAULT = dcpo()
+
+
+def objective_of(objective: object) -> Objective:
+    """A preset, or a function that is one."""
+    if objective is None:
+        return _DEFAULT
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective):
+        raise TypeError(
+            f"objective must be an Objective such as dcpo(), or a function from TokenValues to a "
+            f"loss per token, got {objective!r}"
+        )
+    return Objective(getattr(objective, "__name__", "function"), function=objective)
+
+
 _NO_ROWS: Any = Rows(*[None] * len(Rows._fields))  # pyright: ignore[reportArgumentType]
 
 
@@ -60,17 +78,17 @@ def token_batch(
     response_log_ratio: Tensor | None,
     ref_logprobs: Tensor | None,
     importance_weights: Tensor | None,
+    rollout_logprobs: Tensor | None,
     entropy_weights: Tensor | None,
     num_responses: int | Tensor | None,
     num_tokens: int | Tensor | None,
     max_length: int | Tensor | None,
     skip_zero_advantage: bool,
     drop_nonfinite: bool,
+    found: Tensor | None = None,  # per token, whether there is a log-probability at all
     backend: str,
 ) -> Batch:
     """What is said of tokens and responses."""
-    if not isinstance(objective, Objective):
-        raise TypeError(f"objective must be an Objective such as dcpo(), got {objective!r}")
     token_mask, row_lengths, all_ones = _grouping(logits, mask, lengths, objective)
     responses = logits.shape[0] if row_lengths is None else row_lengths.shape[0]
     by_response: dict[str, Tensor] = {}
@@ -97,21 +115,34 @@ def token_batch(
             f"entropy_weights are for the entropy term, and objective {objective.name} has none "
             "(entropy_coef=0)"
         )
+    corrects = objective.rollout_mode != "none"
+    if corrects != (rollout_logprobs is not None) and objective.function is None:
+        raise ValueError(
+            f"objective {objective.name} has rollout_mode={objective.rollout_mode!r} and "
+            + ("needs rollout_logprobs" if corrects else "no use for rollout_logprobs")
+        )
+    has_reference = objective.kl_coef != 0 or objective.function is not None
     tokens = Tokens(
         old_logprobs=per_token("old_logprobs", old_logprobs),
         advantages=value("advantages", advantages),  # pyright: ignore[reportArgumentType]
         weights=None,  # pyright: ignore[reportArgumentType]
-        ref_logprobs=per_token("ref_logprobs", ref_logprobs) if objective.kl_coef != 0 else None,
+        ref_logprobs=per_token("ref_logprobs", ref_logprobs) if has_reference else None,
         importance_weights=value("importance_weights", importance_weights),
         log_ratio=None,
+        rollout_logprobs=per_token("rollout_logprobs", rollout_logprobs),
         entropy_weights=None,
     )
-    one_ratio = objective.ratio_level == "sequence"
+    one_ratio = objective.by_response
     if response_log_ratio is not None:
         if not one_ratio:
             raise ValueError(
                 f"response_log_ratio is for objectives with one ratio per response, and "
                 f"{objective.name} has one per token"
+            )
+        if objective.surrogate in WHOLE_RESPONSE:
+            raise ValueError(
+                f"response_log_ratio is not all that objective {objective.name} wants of a "
+                "response: each must be whole in a call"
             )
         by_response["log_ratio"] = _per_response(
             "response_log_ratio", response_log_ratio, logits, responses, FLOATS, torch.float32
@@ -121,7 +152,7 @@ def token_batch(
             raise ValueError(
                 f"response_lengths means that responses are not whole in this call, and objective "
                 f"{objective.name} takes one ratio of a whole response: pass response_log_ratio "
-                f"[{responses}] too, its mean log-ratio"
+                f"[{responses}] too, its log-ratio"
             )
         response_lengths = _integers("response_lengths", response_lengths)
         response_lengths = _per_response(
@@ -129,7 +160,10 @@ def token_batch(
         )
     dropped = None
     if drop_nonfinite:
-        token_mask, dropped = _finite(tokens.old_logprobs, token_mask)
+        known = (tokens.old_logprobs, tokens.rollout_logprobs)
+        finite = [x.isfinite() for x in known if x is not None]
+        finite += [] if found is None else [found]
+        token_mask, dropped = _without(finite, token_mask)
     skip_zero = None
     if skip_zero_advantage and not objective.pulls_without_advantage:
         skip_zero = by_response.get("advantages", tokens.advantages)
@@ -438,13 +472,15 @@ def _per_response(
     return x.to(logits.device, to, non_blocking=True).reshape(responses).contiguous()
 
 
-def _finite(x: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask without the tokens where x is not finite, and how many it lost."""
-    if x is None:
+def _without(conditions: list[Tensor], mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The mask without the tokens where a condition does not hold, and how many it lost."""
+    if not conditions:
         return mask, None
-    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    finite = counted & x.isfinite()
-    return finite, (counted & ~finite).sum()
+    counted = torch.ones_like(conditions[0]) if mask is None else mask != 0
+    kept = counted
+    for condition in conditions:
+        kept = kept & condition
+    return kept, (counted & ~kept).sum()
 
 
 def _check_lengths(lengths: list[int], rows: int, objective: Objective) -> None:
@@ -461,7 +497,7 @@ def _check_lengths(lengths: list[int], rows: int, objective: Objective) -> None:
         )
         raise ValueError(
             f"lengths add up to {sum(lengths)}, but there are {rows} rows of logits"
-            + (whole if objective.ratio_level == "sequence" else "")
+            + (whole if objective.by_response else "")
         )
 
 
@@ -553,11 +589,12 @@ def _loss_scale(scale: float | Tensor | None, logits: Tensor) -> float | Tensor 
 def _topk(
     objective: Objective, ids: Tensor | None, logprobs: Tensor | None, logits: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    if not objective.needs_topk:
+    by_function = objective.function is not None and ids is not None and logprobs is not None
+    if not objective.needs_topk and not by_function:
         if ids is not None or logprobs is not None:
             raise ValueError(
-                f"topk_ids and topk_logprobs are for the top-K divergences, not "
-                f"{objective.divergence!r}"
+                f"topk_ids and topk_logprobs are for the top-K divergences (not "
+                f"{objective.divergence!r}), or both of them for a function"
             )
         return None, None
     if ids is None or logprobs is None:
@@ -566,15 +603,16 @@ def _topk(
             f"divergence={objective.divergence!r} needs {missing}, shape "
             f"{[*logits.shape[:-1], 'K']}"
         )
+    most = MAX_K - by_function  # a function has the target's beside them
     for name, x, dtypes in (("topk_ids", ids, IDS), ("topk_logprobs", logprobs, FLOATS)):
         _check_tensor(name, x, [*logits.shape[:-1], "K"])
         if (
             x.dim() != logits.dim()
             or list(x.shape[:-1]) != list(logits.shape[:-1])
-            or not 1 <= x.shape[-1] <= MAX_K
+            or not 1 <= x.shape[-1] <= most
         ):
             raise ValueError(
-                f"{name} must have shape {[*logits.shape[:-1], 'K']} with K in 1..{MAX_K}, got "
+                f"{name} must have shape {[*logits.shape[:-1], 'K']} with K in 1..{most}, got "
                 f"{list(x.shape)}"
             )
         _check_kind(name, x, logits, dtypes)

@@ -11,6 +11,8 @@ from typing import Any
 
 from dcpo_kernels._version import __version__
 
+VOCABS = (32000, 128256, 151936, 262144)  # of well-known models
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for a machine to read")
@@ -31,7 +33,7 @@ def collect() -> dict[str, Any]:
     import torch
 
     from dcpo_kernels import backends
-    from dcpo_kernels.backends import _compiled
+    from dcpo_kernels.backends import _compiled, cuda
 
     facts: dict[str, Any] = {
         "versions": {
@@ -55,6 +57,9 @@ def collect() -> dict[str, Any]:
     facts["cpu"] = {"isas": _C.cpu_isas(), "isa": _C.cpu_isa(), "threads": threads}
     if _C.cuda:
         facts["cuda"] = {**_C.cuda_versions(), "devices": _C.cuda_devices()}
+        if not backends.unavailable("cuda", "cuda"):
+            for i, device in enumerate(facts["cuda"]["devices"]):
+                device["fused in bf16"] = {v: cuda.plan(v, 2, i) for v in VOCABS}
     return facts
 
 
@@ -89,6 +94,8 @@ def _text(facts: dict[str, Any]) -> str:
                 f"shared {device['shared_bytes'] / 2**10:.0f} KiB per block"
             )
             lines.append((f"GPU {i}", text))
+            for vocab, plan in device.get("fused in bf16", {}).items():
+                lines.append(("", f"(V = {vocab:,} in bf16: {plan})"))
     for row in facts["backends"]:
         lines.append((f"{row['tensor']} tensors", f"{row['backend'] or 'none'}: {row['reason']}"))
         for other in row["others"]:

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels import arguments, backends, ops
+from dcpo_kernels import arguments, backends, ops, replay
+from dcpo_kernels.function import TokenLoss, decide_by
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.objective import Objective
 from dcpo_kernels.ops.records import (
+    Options,
     RatioGroups,
     Read,
     Responses,
@@ -22,9 +24,6 @@ from dcpo_kernels.ops.records import (
     Targets,
     replaced,
 )
-from dcpo_kernels.presets import dcpo
-
-_DEFAULT = dcpo()
 
 
 class PolicyLoss(NamedTuple):
@@ -35,7 +34,7 @@ class PolicyLoss(NamedTuple):
     token_loss: Tensor  # before weighting, KL and entropy terms included
     logprobs: Tensor  # of the targets, under logits / temperature
     entropy: Tensor | None  # nats; None unless with_entropy or entropy_coef
-    ratio: Tensor  # exp(logprobs - old_logprobs), per response for ratio_level="sequence"
+    ratio: Tensor  # exp(logprobs - old_logprobs), per response for a ratio_level other than "token"
     clipped: Tensor  # int8: 0 none, 1 high, 2 low, 3 cap, 4 region
     response_loss: Tensor  # [R]: mean of token_loss over the response's tokens, 0 where it has none
     mask: Tensor  # bool: the token counts
@@ -152,7 +151,8 @@ def _decided(
     read: Read, batch: arguments.Batch, responses: Responses
 ) -> tuple[Results, Tensor, Tensor]:
     """Results, and the derivatives of the loss in the log-probabilities and in the entropy."""
-    groups = RatioGroups(batch.ratio_by_response, responses.offsets, responses.lengths)
+    spread = batch.ratio_by_response and batch.objective.ratio_level == "sequence"
+    groups = RatioGroups(batch.ratio_by_response, spread, responses.offsets, responses.lengths)
     token_loss, ratio, clipped, g, h = ops.decide(
         *read, *batch.tokens, *batch.objective.numbers, *groups, batch.backend
     )
@@ -216,6 +216,42 @@ class _TwoPasses(torch.autograd.Function):
         return _write(ctx, RowCoefficients(*coefficients), logits, grad_loss), None
 
 
+def _by_function(logits: Tensor, batch: arguments.Batch) -> PolicyLoss:
+    """Around a function of the user's: the read under autograd, so that backward writes."""
+    batch, responses = _with_weights(batch, batch.rows.target_ids)
+    rows, topk_logprobs = batch.rows, None
+    ids = rows.target_ids
+    if rows.topk_ids is not None:
+        ids = torch.cat([ids[..., None], rows.topk_ids], -1)
+    targets = Targets(ids, responses.mask, rows.temperatures)
+    logprobs, entropy = _selected(logits, targets, batch.options, batch.inplace, batch.backend)
+    if rows.topk_ids is not None:
+        logprobs, topk_logprobs = logprobs[..., 0], logprobs[..., 1:]
+    return _loss_of(logprobs, topk_logprobs, entropy, batch, responses)
+
+
+def _loss_of(
+    logprobs: Tensor,
+    topk_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    batch: arguments.Batch,
+    responses: Responses,
+) -> PolicyLoss:
+    assert batch.objective.function is not None
+    loss, results = decide_by(
+        batch.objective.function,
+        logprobs,
+        topk_logprobs,
+        entropy,
+        batch.rows,
+        batch.tokens,
+        responses,
+    )
+    with torch.no_grad():
+        out = _output(results, responses, batch)
+    return replaced(out, loss=loss, entropy=None if entropy is None else out.entropy)
+
+
 def policy_loss(
     logits: Tensor,
     target_ids: Tensor,
@@ -224,14 +260,17 @@ def policy_loss(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    objective: Objective | None = None,
+    objective: Objective | TokenLoss | None = None,
     temperature: float | Tensor = 1.0,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     entropy_weights: Tensor | None = None,
     topk_ids: Tensor | None = None,
     topk_logprobs: Tensor | None = None,
     old_logits: Tensor | None = None,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
     weights: Tensor | None = None,
     response_lengths: Tensor | Sequence[int] | None = None,
     response_log_ratio: Tensor | None = None,
@@ -260,17 +299,28 @@ def policy_loss(
     mask: per token, nonzero where a token counts. Padded logits need it; packed ones may have it,
         for the rows of prompts and tools. What stands in tokens that don't count (any id, NaN) has
         no effect, and their logits are not read.
-    objective: a preset such as `dcpo()` (the default), `grpo()`, `dapo()`, `ppo()`.
+    objective: a preset such as `dcpo()` (the default), `grpo()`, `dapo()`, `ppo()`; or a function
+        from `TokenValues` to a loss per token, which autograd differentiates between our read and
+        our write (6 bytes per 16-bit logit; `Objective(name, function=...)` gives it an
+        aggregation other than token-mean).
     temperature: > 0; the loss is that of softmax(logits / temperature). A number, or a tensor with
         one per token or per response.
     ref_logprobs: per token; needed when objective.kl_coef != 0.
     importance_weights: per token or response; multiply the policy term only, not KL and entropy.
         For the mismatch between the engine that sampled and the one that trains.
+    rollout_logprobs: per token, by the engine that sampled; needed where objective.rollout_mode is
+        not "none". The correction is then part of the pass, on-policy too, where no old
+        log-probabilities are there to make `rollout_weights` of.
     entropy_weights: per token; the entropy term is then -entropy_coef * sum entropy_weights *
         entropy, whatever the tokens' weights are, over tokens that are read.
     topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported, no id twice in
-        a row; for dppo's top-K divergences.
+        a row; for dppo's top-K divergences, or a function (K <= 127).
     old_logits: of the logits' shape, in any of their dtypes; for dppo's full divergences.
+    kept_ids: [.., S], padded with -1, the ids that each token was sampled from (top-k, top-p), or
+        [M] with kept_offsets [N + 1] where row i has those from kept_offsets[i] to
+        kept_offsets[i + 1]. Everything is then of softmax over these: S logits of a row are read,
+        and its gradient is zero elsewhere. A target that is none of its row's makes the row NaN;
+        with drop_nonfinite it does not count. Not with top-K and full divergences.
     weights: per token: loss = sum weights * token_loss, in the place of the objective's
         aggregation. A token of weight 0 is not read.
     response_lengths: [R] tokens of each whole response that count, where a call holds only a part
@@ -278,7 +328,9 @@ def policy_loss(
         1/n_i, and without totals the number of responses and tokens too. response_loss is then
         this part's share of the mean.
     response_log_ratio: [R], for objectives with one ratio per response: its logarithm, the mean of
-        logp - old_logp over the whole response, known beforehand. Then it is one pass.
+        logp - old_logp over the whole response (gmpo: of what is left of them by its clip; vespo:
+        their sum and that of the logarithms of the importance weights), known beforehand. Then it
+        is one pass, and each token has its own part of the gradient, as with "sequence-token".
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
         it into micro-batches changes nothing. One that is smaller than what is in the call is an
         error; where that would mean waiting for a GPU, the loss is NaN.
@@ -287,8 +339,8 @@ def policy_loss(
         backward: with fp16 logits small entries would be 0 without it. The result is the same.
     skip_zero_advantage: don't read rows with advantage 0 where nothing else has a gradient; their
         results are 0.
-    drop_nonfinite: a token whose old log-probability is not finite does not count; how many there
-        were is in `summarize`.
+    drop_nonfinite: a token whose old or rollout log-probability is not finite does not count; how
+        many there were is in `summarize`.
     with_entropy: also return the entropy.
     inplace: the forward overwrites the logits with their gradient (gspo: the backward does), so no
         second [N, V] tensor is ever allocated. Nothing else may read the logits: autograd raises
@@ -306,9 +358,21 @@ def policy_loss(
     """
     backend = arguments.check_logits("logits", logits, backend)
     arguments.check_transforms("policy_loss", logits)
+    objective, found = arguments.objective_of(objective), None
+    if kept_ids is not None:
+        if objective.needs_topk or objective.needs_old_logits:
+            raise ValueError(
+                f"kept_ids go with divergences of the sampled token alone, and objective "
+                f"{objective.name} has {objective.divergence!r}"
+            )
+        if inplace:
+            arguments.check_in_place(logits)
+        kept = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
+        logits, target_ids, found = kept
+        inplace = True  # they are a copy
     batch = arguments.token_batch(
         logits,
-        _DEFAULT if objective is None else objective,
+        objective,
         old_logprobs,
         advantages,
         mask=mask,
@@ -318,12 +382,14 @@ def policy_loss(
         response_log_ratio=response_log_ratio,
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
+        rollout_logprobs=rollout_logprobs,
         entropy_weights=entropy_weights,
         num_responses=num_responses,
         num_tokens=num_tokens,
         max_length=max_length,
         skip_zero_advantage=skip_zero_advantage,
         drop_nonfinite=drop_nonfinite,
+        found=found,
         backend=backend,
     )
     batch = arguments.with_rows(
@@ -338,6 +404,8 @@ def policy_loss(
         with_entropy=with_entropy,
         inplace=inplace,
     )
+    if batch.objective.function is not None:
+        return _by_function(logits, batch)
     two_passes = batch.ratio_by_response
     if torch.is_grad_enabled() and logits.requires_grad:
         out = PolicyLoss(*(_TwoPasses if two_passes else _OnePass).apply(logits, batch))
@@ -362,11 +430,12 @@ def _from_logprobs(
 class _FromLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logprobs, entropy, batch):
-        out, g, h = _from_logprobs(logprobs.detach(), entropy, batch)
+        # copies: they are outputs too
+        own = None if entropy is None else entropy.clone()
+        out, g, h = _from_logprobs(logprobs.clone(), own, batch)
         _without_zeros(ctx)
         ctx.save_for_backward(g, h)
-        loss, token_loss, logprobs, *others = out
-        others = (token_loss, logprobs.clone(), others[0].clone(), *others[1:])
+        loss, *others = out
         ctx.mark_non_differentiable(*others)
         return loss, *others
 
@@ -387,9 +456,10 @@ def policy_loss_from_logprobs(
     entropy: Tensor | None = None,
     mask: Tensor | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    objective: Objective | None = None,
+    objective: Objective | TokenLoss | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
     entropy_weights: Tensor | None = None,
     weights: Tensor | None = None,
     response_lengths: Tensor | Sequence[int] | None = None,
@@ -414,7 +484,7 @@ def policy_loss_from_logprobs(
             f"logprobs must be a tensor, [N] packed or [B, T] padded, got "
             f"{list(logprobs.shape) if isinstance(logprobs, Tensor) else type(logprobs).__name__}"
         )
-    objective = _DEFAULT if objective is None else objective
+    objective = arguments.objective_of(objective)
     backend = backends.choose(backend, logprobs.device.type)
     arguments.check_transforms("policy_loss_from_logprobs", logprobs)
     like = logprobs.unsqueeze(-1)  # a row of one logit per token
@@ -430,6 +500,7 @@ def policy_loss_from_logprobs(
         response_log_ratio=response_log_ratio,
         ref_logprobs=ref_logprobs,
         importance_weights=importance_weights,
+        rollout_logprobs=rollout_logprobs,
         entropy_weights=entropy_weights,
         num_responses=num_responses,
         num_tokens=num_tokens,
@@ -451,6 +522,9 @@ def policy_loss_from_logprobs(
     logprobs = arguments.values_of("logprobs", logprobs, like, backend)
     if entropy is not None:
         entropy = arguments.values_of("entropy", entropy, like, backend)
+    if batch.objective.function is not None:
+        batch, responses = _with_weights(batch, logprobs.detach())
+        return _loss_of(logprobs, None, entropy, batch, responses)
     if torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     ):
@@ -502,12 +576,25 @@ class _SelectedLogprobs(torch.autograd.Function):
         return _write(ctx, coefficients, logits, None), None, None, None, None
 
 
+def _selected(
+    logits: Tensor, targets: Targets, options: Options, inplace: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled() and logits.requires_grad:
+        logprobs, entropy = _SelectedLogprobs.apply(logits, targets, options, inplace, backend)
+    else:
+        with torch.no_grad():
+            logprobs, entropy, _, _ = ops.row_stats(logits, *targets, *options, backend)
+    return logprobs, entropy if options.with_entropy else None
+
+
 def selected_logprobs(
     logits: Tensor,
     target_ids: Tensor,
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    kept_ids: Tensor | None = None,
+    kept_offsets: Tensor | None = None,
     with_entropy: bool = False,
     inplace: bool = False,
     backend: str = "auto",
@@ -522,6 +609,7 @@ def selected_logprobs(
     mask: [N] or [B, T]; where it is 0 the row is not read, its results are 0, and it may hold any
         id.
     temperature: > 0, applied in float32; a number, or a tensor with one per token.
+    kept_ids, kept_offsets: as in `policy_loss`; a target that is none of its row's has NaN.
     with_entropy: also return the entropy in nats.
     inplace: backward overwrites the logits with their gradient; a second reader of the logits then
         fails.
@@ -532,12 +620,13 @@ def selected_logprobs(
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
     """
+    if kept_ids is not None:
+        backend = arguments.check_logits("logits", logits, backend)
+        if inplace:
+            arguments.check_in_place(logits)
+        logits, target_ids, _ = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
+        inplace = True  # they are a copy
     targets, options, backend = arguments.targets_of(
         logits, target_ids, mask, temperature, with_entropy, inplace, backend
     )
-    if torch.is_grad_enabled() and logits.requires_grad:
-        logprobs, entropy = _SelectedLogprobs.apply(logits, targets, options, inplace, backend)
-    else:
-        with torch.no_grad():
-            logprobs, entropy, _, _ = ops.row_stats(logits, *targets, *options, backend)
-    return logprobs, entropy if with_entropy else None
+    return _selected(logits, targets, options, inplace, backend)

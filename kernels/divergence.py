@@ -178,13 +178,13 @@ def write_row_beside(
     """write_row for a row with a penalty on a full divergence."""
     scale, offset, old_offset = LOG2E / temperature, log_sum * LOG2E, old_log_sum * LOG2E
     entry = gradient_at(x_target, True, row_max, log_sum, entropy, g, h, temperature, True)
-    a, b = terms_of(g, h, entropy, temperature, True)
+    z_scale, base, a, b = terms_of(row_max, log_sum, entropy, g, h, temperature, True)
     last = last_tile(vocab, BLOCK)
     for done in range(0, last + 1, BLOCK):
         start = last - done
         tile = load_masked(x, start, lane, step, vocab, "evict_first")
         old = load_masked(old_x, start, lane, step, vocab, "evict_first")
-        entries = gradient_of_tile(tile, row_max, offset, scale, a, b, True)
+        entries = gradient_of_tile(tile, z_scale, base, a, b, True)
         entries = with_target(entries, entry, target - start, lane, step, BLOCK)
         p = probabilities(tile, row_max, offset, scale)
         q = probabilities(old, old_max, old_offset, scale)

@@ -9,7 +9,14 @@ has the sizes that make them fit).
 
 import triton.language as tl
 
-from dcpo_kernels.kernels.decide import FULL_KL, FULL_TV, TOPK_KL, TOPK_TV, decide
+from dcpo_kernels.kernels.decide import (
+    FULL_KL,
+    FULL_TV,
+    TOPK_KL,
+    TOPK_TV,
+    decide,
+    rollout_weight,
+)
 from dcpo_kernels.kernels.divergence import (
     MAX_K,
     full_kl,
@@ -49,6 +56,7 @@ def fused(
     ref_logprobs,
     importance_weights,
     log_ratio,  # that the ratio is taken from; None: logp - old_logp
+    rollout_logprobs,  # by the engine that sampled; None: no correction
     entropy_weights,  # of the entropy term, as multiples of the weight; None: 1
     token_loss,
     logprobs,
@@ -70,16 +78,25 @@ def fused(
     eps_high: tl.float32,
     ratio_max: tl.float32,
     ratio_cap: tl.float32,
+    floor_low: tl.float32,
+    floor_high: tl.float32,
+    power_low: tl.float32,
+    power_high: tl.float32,
     limit_low: tl.float32,
     limit_high: tl.float32,
     kl_coef: tl.float32,
+    old_kl_coef: tl.float32,
     entropy_coef: tl.float32,
     penalty_coef: tl.float32,
+    rollout_low: tl.float32,
+    rollout_high: tl.float32,
     SURROGATE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
-    WITH_KL: tl.constexpr,
+    KL: tl.constexpr,
+    OLD_KL: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
     WITH_PENALTY: tl.constexpr,
+    ROLLOUT_MODE: tl.constexpr,
     ALIGNED: tl.constexpr,  # logits; the next two: gradient, old_logits
     DX_ALIGNED: tl.constexpr,
     OLD_ALIGNED: tl.constexpr,
@@ -136,12 +153,16 @@ def fused(
                     divergence, drift, old_max, old_log_sum = full_tv(
                         x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
                     )
+            importance = 1.0 if importance_weights is None else tl.load(importance_weights + row)
+            if rollout_logprobs is not None:
+                drift = old - tl.load(rollout_logprobs + row)
+                importance *= rollout_weight(drift, rollout_low, rollout_high, ROLLOUT_MODE)
             entropy_weight = 1.0 if entropy_weights is None else tl.load(entropy_weights + row)
-            loss, g, h, r, code, divergence_coef = decide(
+            loss, g, h, r, code, divergence_coef, _ = decide(
                 logprob,
                 old,
                 tl.load(advantages + row),
-                1.0 if importance_weights is None else tl.load(importance_weights + row),
+                importance,
                 0.0 if ref_logprobs is None else tl.load(ref_logprobs + row),
                 entropy_weight * entropy,
                 divergence,
@@ -149,14 +170,20 @@ def fused(
                 eps_high,
                 ratio_max,
                 ratio_cap,
+                floor_low,
+                floor_high,
+                power_low,
+                power_high,
                 limit_low,
                 limit_high,
                 kl_coef,
+                old_kl_coef,
                 entropy_coef,
                 penalty_coef,
                 SURROGATE,
                 DIVERGENCE,
-                WITH_KL,
+                KL,
+                OLD_KL,
                 WITH_ENTROPY_TERM,
                 WITH_PENALTY,
                 None if log_ratio is None else tl.load(log_ratio + row),

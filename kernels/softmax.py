@@ -1,7 +1,7 @@
 """Read and write: the softmax of a row, and the gradient of its logits.
 
-z = (x - max x) log2(e) / T throughout. Each lane keeps its own running maximum and sums (online
-softmax, arXiv 1805.02867).
+z = (x - max x) log2(e) / T throughout, up to a constant of its row or lane (exponent_of). Each lane
+keeps its own running maximum and sums (online softmax, arXiv 1805.02867).
 """
 
 import triton
@@ -34,6 +34,19 @@ def log1p(x):
     return tl.where(rounded == 0, x, tl.log(sum) * (x / rounded))
 
 
+@triton.jit
+def exponent_of(row_max, scale):
+    """Scale and base of z = x scale - base, one fused multiply-add: base is max x log2(e) / T,
+    rounded. What rounding took from it is missing in every z alike, in the maximum's own z too, and
+    cancels. Where a float has no digits left for it, two logits that differ at all differ by more
+    than 64 in z; a power of two makes that so, exactly and without an overflow."""
+    base = row_max * scale
+    far = tl.abs(base) > 2147483648.0
+    exponent = row_max.to(tl.int32, bitcast=True) & 0x7F800000
+    power = (-1912602624 - exponent).to(tl.float32, bitcast=True)  # 2^30 over max x's own
+    return tl.where(far, power, scale), tl.where(far, row_max * power, base)
+
+
 # ---- read ---------------------------------------------------------------------------------------
 
 
@@ -50,8 +63,10 @@ def exponentials(x, lane_max, scale):
     x = x.to(tl.float32)
     higher = tl.maximum(lane_max, max_of_lane(x))
     # 2^-127 is as good as 0, and the clamp avoids 0 * -inf in a lane without a logit.
-    shift = tl.maximum((lane_max - higher) * scale, -127.0)
-    z = (x - across_lanes(higher)) * scale
+    old_scale, old_base = exponent_of(lane_max, scale)
+    scale, base = exponent_of(higher, scale)
+    shift = tl.where(old_scale == scale, tl.maximum(old_base - base, -127.0), -127.0)
+    z = tl.fma(x, across_lanes(scale), -across_lanes(base))
     return higher, shift, z, tl.exp2(z)
 
 
@@ -73,10 +88,14 @@ def finish_row(lane_max, sum_exp, sum_exp_z, scale):
     subtracted before the lanes are added up: a float32 near 1 has no digits below 6e-8, and beside
     a dominant token log p, 1 - p and the entropy depend on just those digits."""
     row_max, peak = tl.max(lane_max, 0, return_indices=True)
+    lane_scale, lane_base = exponent_of(lane_max, scale)
+    own = tl.fma(lane_max, lane_scale, -lane_base)  # z of each lane's maximum
+    sum_exp_z = (sum_exp_z - own * sum_exp) * tl.exp2(-own)
+    one = tl.where(tl.arange(0, lane_max.shape[0]) == peak, tl.exp2(own), 0.0)
     shift = tl.maximum((lane_max - row_max) * scale, -127.0)
     factor = tl.exp2(shift)
-    one = tl.where(tl.arange(0, lane_max.shape[0]) == peak, 1.0, 0.0)
-    rest = tl.sum(sum_exp * factor - one, 0)
+    rest = tl.sum((sum_exp - one) * tl.exp2(-own) * factor, 0)
+    sum_exp *= tl.exp2(-own)
     # A lane that far below adds nothing, and its sum may be infinite: full_kl's over masked logits
     # alone.
     sum_exp_z = tl.where(shift > -127.0, factor * (sum_exp_z + sum_exp * shift), 0.0)
@@ -128,11 +147,12 @@ def probabilities(x, row_max, offset, scale):
 
 
 @triton.jit
-def gradient_of_tile(x, row_max, offset, scale, a, b, WITH_ENTROPY_TERM: tl.constexpr):
-    log2_p = (x.to(tl.float32) - row_max) * scale - offset
-    p = tl.exp2(log2_p)
-    # dx = p (b + a log2 p); the clamp avoids 0 * -inf
-    return p * (b + a * tl.maximum(log2_p, -127.0)) if WITH_ENTROPY_TERM else p * b
+def gradient_of_tile(x, scale, base, a, b, WITH_ENTROPY_TERM: tl.constexpr):
+    """dx = 2^z (b + a z), as terms_of has it."""
+    z = tl.fma(x.to(tl.float32), scale, -base)
+    e = tl.exp2(z)
+    # the clamp avoids 0 * -inf
+    return e * (b + a * tl.maximum(z, -127.0)) if WITH_ENTROPY_TERM else e * b
 
 
 @triton.jit
@@ -158,11 +178,15 @@ def gradient_at(
 
 
 @triton.jit
-def terms_of(g, h, entropy, temperature, WITH_ENTROPY_TERM: tl.constexpr):
-    """a and b of gradient_of_tile."""
+def terms_of(row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM: tl.constexpr):
+    """scale, base, a and b of gradient_of_tile: everything that all logits of a row have in
+    common."""
+    scale, base = exponent_of(row_max, LOG2E / temperature)
+    shift = tl.fma(row_max, scale, -base) + log_sum * LOG2E  # log2 p = z - shift
+    factor = tl.exp2(-shift) / temperature
     if WITH_ENTROPY_TERM:
-        return -h * LN2 / temperature, -(g + h * entropy) / temperature
-    return 0.0, -g / temperature
+        return scale, base, -h * LN2 * factor, (h * (LN2 * shift - entropy) - g) * factor
+    return scale, base, 0.0, -g * factor
 
 
 @triton.jit
@@ -186,25 +210,24 @@ def write_row(
 ):
     """dx_j = 1/T [g (1[j = y] - p_j) - h p_j (log p_j + H)], formed in float32, each entry stored
     once."""
-    scale, offset = LOG2E / temperature, log_sum * LOG2E
     entry = gradient_at(
         x_target, True, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM
     )
-    a, b = terms_of(g, h, entropy, temperature, WITH_ENTROPY_TERM)
+    scale, base, a, b = terms_of(row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM)
 
     kept = kept_tile(vocab, BLOCK)
-    entries = gradient_of_tile(tile, row_max, offset, scale, a, b, WITH_ENTROPY_TERM)
+    entries = gradient_of_tile(tile, scale, base, a, b, WITH_ENTROPY_TERM)
     entries = with_target(entries, entry, target - kept, lane, step, BLOCK)
     store_masked(dx, entries, kept, lane, step, vocab)
     for start in range(kept + BLOCK, vocab, BLOCK):
         tail = load_masked(x, start, lane, step, vocab, "evict_first")
-        entries = gradient_of_tile(tail, row_max, offset, scale, a, b, WITH_ENTROPY_TERM)
+        entries = gradient_of_tile(tail, scale, base, a, b, WITH_ENTROPY_TERM)
         entries = with_target(entries, entry, target - start, lane, step, BLOCK)
         store_masked(dx, entries, start, lane, step, vocab)
     for done in range(0, kept, BLOCK):
         start = kept - BLOCK - done
         again = tl.load(x + start + lane + step, eviction_policy="evict_first")
-        entries = gradient_of_tile(again, row_max, offset, scale, a, b, WITH_ENTROPY_TERM)
+        entries = gradient_of_tile(again, scale, base, a, b, WITH_ENTROPY_TERM)
         entries = with_target(entries, entry, target - start, lane, step, BLOCK)
         store_tile(dx, entries, start, lane, step)
 

@@ -26,16 +26,26 @@ import dcpo_kernels as dk
 from dcpo_kernels import ops
 from dcpo_kernels.backends import triton as backend
 from dcpo_kernels.kernels import row as kernels
-from dcpo_kernels.objective import DIVERGENCES, SURROGATES, Objective
+from dcpo_kernels.objective import (
+    DIVERGENCES,
+    KL_ESTIMATORS,
+    SURROGATES,
+    WHOLE_RESPONSE,
+    Objective,
+)
 from dcpo_kernels.ops.records import Options, RowCoefficients, Rows, Targets, Tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Every surrogate and every divergence: what "decide" and the row kernel are compiled for.
 OBJECTIVES = {
-    **{name: Objective(name, surrogate=name) for name in SURROGATES},
+    **{name: Objective(name, surrogate=name) for name in SURROGATES if name not in WHOLE_RESPONSE},
     **{name: dk.dppo(name) for name in DIVERGENCES if name != "none"},
 }
 PENALTIES = [dk.dppo(name, penalty_coef=0.1) for name in DIVERGENCES if name != "none"]
+ESTIMATORS = [
+    dk.ipo(kl_coef=0.1, kl_estimator=kl, old_kl_estimator=old_kl)
+    for kl, old_kl in zip(KL_ESTIMATORS[::2], KL_ESTIMATORS[1::2], strict=True)
+]
 # Tensors of logits that a kernel takes: whether the first is aligned comes before the last three.
 TENSORS = {"fused": 3, "row_stats": 1, "row_gradient": 2, "multiply_": 1}
 SEVERAL_TILES, ONE_TILE, SMALL, ODD = 151936, 32000, 1000, 50257
@@ -89,7 +99,7 @@ def variants() -> list[tuple[Any, tuple]]:
     calls += [(call, ("bf16", SEVERAL_TILES, True, 20)) for call in (call_stats, call_gradient)]
     calls += [(call_multiply, (dtype, SEVERAL_TILES)) for dtype in ("bf16", "fp32")]
     calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in OBJECTIVES.values()]
-    calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in PENALTIES]
+    calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in PENALTIES + ESTIMATORS]
     calls += [(call_fused, (dcpo, dtype, SEVERAL_TILES)) for dtype in ("fp16", "fp32")]
     calls += [(call_fused, (dcpo, "bf16", vocab)) for vocab in (ONE_TILE, SMALL, 7000, ODD)]
     calls += [(call_fused, (dcpo, "bf16", SEVERAL_TILES, False, False))]

@@ -35,6 +35,14 @@ def unchecked_ids(monkeypatch):
         monkeypatch.setattr(module, "check_ids", lambda *_: None)
 
 
+@pytest.fixture
+def poisoned():
+    """What torch allocates holds NaN: a place that no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

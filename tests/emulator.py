@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "emulator"  # first on the include path
-KERNELS = ("cuda/streaming.cu", "cuda/fused_cluster.cu", "cuda/multiply.cu", "cuda/responses.cu")
+KERNELS = ("cuda/streaming.cu", "cuda/fused_resident.cu", "cuda/multiply.cu", "cuda/responses.cu")
 COMMON = (*KERNELS, "cuda.cpp", "hopper.cpp")
 STRESS = (*COMMON, "stress.cpp", "cpu/rows_portable.cpp")
 MODULE = (*COMMON, "module.cpp", "cuda/bind.cpp")

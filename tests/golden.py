@@ -39,10 +39,12 @@ def preset(name: str, params: dict[str, Any], **parts: Any) -> dk.Objective:
 
 
 TOKENS = load("token.json")["cases"]
-TOKENS += [case for case in load("token2.json")["cases"] if case["preset"] == "icepop"]
+TOKENS += load("token2.json")["cases"]
+KL_CASES = load("token2.json")["kl_cases"]  # say nothing of the ratio and of what clipped it
 GROUPS: dict[str, list] = {}  # token cases by objective, so that each group is one batch
-for _case in TOKENS:
+for _case in TOKENS + KL_CASES:
     _name = f"{_case['preset']} {_case['params']} kl={_case.get('kl_coef', 0.0)}"
+    _name += f" {_case['kl_estimator']} to {_case['kl_to']}" if "kl_to" in _case else ""
     GROUPS.setdefault(_name, []).append(_case)
 
 BATCHES = {entry["file"].removesuffix(".npz"): entry for entry in load("batches.json")}

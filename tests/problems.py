@@ -26,8 +26,17 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "gspo": partial(dk.gspo, 0.05, 0.08),
     "inverse_sqrt": partial(dk.inverse_sqrt, 0.02),
     "sapo": dk.sapo,
-    "cispo": partial(dk.cispo, 1.3),
+    "cispo": partial(dk.cispo, 1.3, 0.8),
     "icepop": partial(dk.icepop, 0.8, 1.25),
+    # A test that adds a KL term has another estimator of it with each of these.
+    "ipo": partial(dk.ipo, 0.03, 0.1, kl_estimator="k1"),
+    "up": partial(dk.up, 0.2, 1.4, kl_estimator="abs"),
+    "spo": partial(dk.spo, 0.3, kl_estimator="k2"),
+    "drpo": partial(dk.drpo, 0.1, old_kl_coef=0.2, old_kl_estimator="k3_unbiased"),
+    "topr": partial(dk.topr, old_kl_coef=0.1, old_kl_estimator="abs"),
+    "gmpo": partial(dk.gmpo, 0.25, 0.35),
+    "vespo": dk.vespo,
+    "reinforce": partial(dk.reinforce, kl_estimator="k3_unbiased"),
     "dppo-binary_tv": partial(dk.dppo, "binary_tv", 0.03),
     "dppo-binary_kl": partial(dk.dppo, "binary_kl", 0.01),
     "dppo-topk_tv": partial(dk.dppo, "topk_tv", 0.1),
@@ -41,8 +50,9 @@ OBJECTIVES: dict[str, Callable[..., dk.Objective]] = {
     "penalty-tv": partial(dk.ppo, **PENALTY, divergence="tv"),
     "penalty-kl": partial(dk.dppo, "kl", (0.1, 0.15), penalty_coef=0.8),
 }
-CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "cispo": {0, 3}, "sapo": {0}}  # of `clipped`
-CODES |= {"icepop": {0, 4}}
+CODES = {"dcpo": {0, 1, 2, 3}, "ppo": {0, 1, 2, 3}, "sapo": {0}}  # of `clipped`
+CODES |= {"cispo": {0, 2, 3}, "icepop": {0, 4}, "ipo": {0, 4}, "up": {0, 2, 3}, "topr": {0, 3}}
+CODES |= {"spo": {0}, "drpo": {0}, "reinforce": {0}, "vespo": {0}, "gmpo": {0, 1, 2}}
 CODES |= {name: {0, 1, 2} for name in ("grpo", "dapo", "gspo", "inverse_sqrt")}
 CODES |= {name: {0, 4} for name in OBJECTIVES if name.startswith("dppo")}
 CODES |= {name: {0} for name in OBJECTIVES if name.startswith("penalty")}
@@ -247,12 +257,39 @@ def pull(p: Problem, expected: dk.PolicyLoss) -> Tensor:
         objective.aggregation,
         max_length=arguments["max_length"],
     )
-    g = value("advantages").abs() * expected.ratio
+
+    def of_response(x):
+        """Its mean over each response's tokens, and what is there of it per token."""
+        if mask is not None:
+            return x + (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+        return torch.cat(
+            [
+                part + part.sum() / max(len(part), 1)
+                for part in x.split(arguments["lengths"].tolist())
+            ]
+        )
+
+    ratio = expected.ratio
+    if objective.surrogate == "reinforce-clip" or objective.floor_high:
+        ratio = ratio.clamp(min=max(objective.floor_high, 1))  # some weigh as much, whatever it is
+    g = value("advantages").abs() * ratio
+    if "quadratic" in objective.surrogate:
+        g = g * (1 + (1 + ratio) / objective.eps_high)
     if "importance_weights" in arguments:
         g = g * value("importance_weights")
-    if objective.kl_coef:
-        d = value("ref_logprobs") - expected.logprobs
-        g = g + objective.kl_coef * (1 + d.clamp(-20, 20).exp())
+    if objective.surrogate == "gamma":
+        g = 10 * value("advantages").abs()  # its weight is steep
+    if objective.ratio_level == "sequence":
+        g = of_response(g)
+    for kl, anchor in (("kl", "ref_logprobs"), ("old_kl", "old_logprobs")):
+        if not getattr(objective, f"{kl}_coef"):
+            continue
+        anchored = expected.logprobs if arguments[anchor] is None else value(anchor)
+        d = (anchored - expected.logprobs).clamp(-20, 20)
+        estimator = getattr(objective, f"{kl}_estimator")
+        slope = 1 + d.exp() + (0 if estimator == "k3" else d.abs())
+        factor = expected.ratio if estimator == "k3_unbiased" else 1
+        g = g + getattr(objective, f"{kl}_coef") * slope * factor
     if objective.penalty_coef:
         not_p = -torch.expm1(expected.logprobs)  # a penalty pulls with up to 1 + p / (1 - p)
         g = g + objective.penalty_coef * (1 + 1 / not_p.clamp(min=1e-3))

@@ -3,6 +3,8 @@ log-probabilities."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from backends import CPU, GPU, SLOW, on_backends
@@ -99,11 +101,14 @@ def test_responses_cut_into_parts(use_backend, aggregation, name):
 @pytest.mark.parametrize("name", SOME)
 def test_weights_of_ones_own(use_backend, name, layout):
     """They take the place of the aggregation, also of one that would want max_length."""
-    p = problem(OBJECTIVES[name](aggregation="token-sum"), lengths=LENGTHS, layout=layout)
+    # With ratio_level="sequence" a token's weight pulls at its whole response.
+    level = {"ratio_level": "sequence-token"} if name == "gspo" else {}
+    objective = OBJECTIVES[name](aggregation="token-sum", **level)
+    p = problem(objective, lengths=LENGTHS, layout=layout)
     sums, want = p.run(backend=use_backend)
     weights = torch.rand(p.logits.shape[:-1]) * (torch.rand(p.logits.shape[:-1]) > 0.3)
     weights = weights + (sum(LENGTHS) > 0) * 0.1 if name == "gspo" else weights
-    objective = OBJECTIVES[name](aggregation="seq-mean-token-sum-norm")
+    objective = replace(objective, aggregation="seq-mean-token-sum-norm")
     out, gradient = p.run(
         weights=weights, objective=objective, max_length=None, backend=use_backend
     )
@@ -131,6 +136,38 @@ def test_entropy_weights(use_backend, name):
     torch.testing.assert_close(gradient.double(), want, rtol=2e-5, atol=2e-6)
     with pytest.raises(ValueError, match="entropy_weights are for the entropy term"):
         p.run(entropy_weights=own, backend=use_backend)
+
+
+@on_backends("reference", CPU[0], *SLOW, *GPU)
+@pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on-policy"])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "vespo", "penalty-topk_kl"])
+def test_another_engine_sampled(use_backend, name, mode, on_policy):
+    """In the pass, what rollout_weights makes of log-probabilities that are there before it."""
+    p = problem(OBJECTIVES[name](), layout="padded", lengths=LENGTHS, importance="token")
+    mask, old = p.arguments["mask"], p.arguments["old_logprobs"]
+    rollout = old + 0.5 * torch.randn(old.shape)
+    if on_policy:
+        p.arguments["old_logprobs"] = None
+        old = p.oracle()[0].logprobs.float()
+    weights = dk.rollout_weights(old, rollout, mask=mask, mode=mode, low=0.7, high=1.4)
+    assert (weights[mask] == (0.7 if mode == "truncate" else 0.0)).any()
+    together = p.arguments["importance_weights"] * weights
+    expected, want = p.run(importance_weights=together, backend=use_backend)
+    given = {"rollout_mode": mode, "rollout_low": 0.7, "rollout_high": 1.4}
+    objective = OBJECTIVES[name](**given)
+    out, gradient = p.run(objective=objective, rollout_logprobs=rollout, backend=use_backend)
+    close(out.loss.detach(), expected.loss.detach())
+    torch.testing.assert_close(gradient, want, rtol=2e-5, atol=2e-6)
+    rollout[mask & (torch.rand(mask.shape) < 0.2)] = torch.nan
+    some, _ = p.run(
+        objective=objective, rollout_logprobs=rollout, drop_nonfinite=True, backend=use_backend
+    )
+    assert torch.equal(some.mask, mask & rollout.isfinite())
+    with pytest.raises(ValueError, match="needs rollout_logprobs"):
+        p.run(objective=objective, backend=use_backend)
+    with pytest.raises(ValueError, match="no use for rollout_logprobs"):
+        p.run(rollout_logprobs=rollout, backend=use_backend)
 
 
 @on_backends("reference", CPU[0], *SLOW, *GPU)

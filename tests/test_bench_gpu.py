@@ -166,10 +166,8 @@ def test_sanitize_names_the_tools_that_found_something(tmp_path):
 
 def test_variants_name_arguments_that_there_are():
     for backend, name, value in implementations.VARIANTS.values():
-        kernels = backends.kernels(backend)
-        arguments = inspect.signature(kernels.fused).parameters
-        default = getattr(kernels, name) if hasattr(kernels, name) else arguments[name].default
-        assert type(default) is type(value)
+        arguments = inspect.signature(backends.kernels(backend).fused).parameters
+        assert type(arguments[name].default) is type(value)
 
 
 def test_a_variant_is_launched_its_way_and_only_it(monkeypatch):

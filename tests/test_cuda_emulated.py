@@ -5,16 +5,24 @@ every backend; what only a GPU can say in test_gpu.py."""
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import emulator
 import golden
 import pytest
 import torch
+from backends import needs_kernels
+from bench_runs import CASE
 from numerics import INF, NAN, run
 from problems import DTYPES, assert_matches, problem
 
 import dcpo_kernels as dk
+from dcpo_kernels import backends, info
 from dcpo_kernels.backends import _compiled, cuda
+from dcpo_kernels.bench import implementations, inputs
+from dcpo_kernels.bench.operators import operators
 
 SIZE = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
 STREAMING = 0
@@ -26,26 +34,29 @@ def emu():
         yield module
 
 
-# Rows of at least two chunks a warp.
-@pytest.mark.parametrize(
-    "dtype, blocks",
-    [(dtype, blocks) for dtype in DTYPES for blocks in (1, 2, 4) if 2 * blocks <= 3 * SIZE[dtype]],
-)
+@pytest.fixture
+def hold(monkeypatch):
+    """hold(blocks): from then on so many blocks hold a row of `fused`."""
+    fused = cuda.fused
+    return lambda blocks: monkeypatch.setattr(cuda, "fused", partial(fused, cluster=blocks))
+
+
+@pytest.mark.parametrize("dtype, blocks", list(zip(DTYPES, (1, 2, 4), strict=True)))
 @pytest.mark.parametrize(
     "name",
     [name for name, e in golden.BATCHES.items() if e["preset"] not in ("dppo", "gspo")],
 )
-def test_golden_batches_in_a_cluster(name, dtype, blocks, emu, monkeypatch):
-    """Golden rows among as many -inf as a cluster wants: the results are the same."""
+def test_golden_batches_in_a_cluster(name, dtype, blocks, emu, hold):
+    """Golden rows among so many -inf that each block has some: the results are the same."""
     entry = golden.BATCHES[name]
     a = golden.arrays(entry)
     draw = torch.Generator().manual_seed(entry["vocab"])
-    at = torch.randperm(24576, generator=draw)[: entry["vocab"]].sort().values
+    at = torch.randperm(8192, generator=draw)[: entry["vocab"]].sort().values
     for key, fill in (("logits", -INF), ("dlogits", 0.0)):
-        narrow, a[key] = a[key], torch.full((entry["tokens"], 24576), fill, dtype=a[key].dtype)
+        narrow, a[key] = a[key], torch.full((entry["tokens"], 8192), fill, dtype=a[key].dtype)
         a[key][:, at] = narrow
     a["target_ids"] = at[a["target_ids"]]
-    monkeypatch.setattr(cuda, "cluster", blocks)
+    hold(blocks)
     emu.set(seed=entry["tokens"] + blocks)
     golden.check(entry, a, dtype, "packed", "cuda")
 
@@ -63,54 +74,58 @@ def check(vocab, dtype, *, rows=5, entropy=True, **options):
 # Around packs of 16 bytes, blocks of 256 to 1024 threads, and four packs a thread.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 2, 7, 8, 9, 31, 255, 1003, 2049, 8191, 8200, 32771])
-def test_streaming_any_vocabulary(vocab, dtype, monkeypatch):
-    monkeypatch.setattr(cuda, "cluster", STREAMING)
+def test_streaming_any_vocabulary(vocab, dtype, hold):
+    hold(STREAMING)
     check(vocab, dtype)
 
 
-# Stages from the fewest that hold two chunks a warp; the fewest and the most rounds they allow; the
-# row's last chunk full, or of 16 bytes and missing in all other warps. (Random batches, below, take
-# what lies between.)
-@pytest.mark.parametrize("blocks", [1, 2, 3, 8])
-@pytest.mark.parametrize("stages", [4, 7, 14])
-def test_cluster_any_stage_count(stages, blocks, emu, monkeypatch):
-    monkeypatch.setattr(cuda, "cluster", blocks)
-    shared = 8 * stages * (2048 + 8) + 2 * (blocks * 8 * 16 + 8)
-    for rounds in sorted({2, stages - 2}):
-        for row_bytes in (blocks * 16384 * rounds, blocks * 16384 * (rounds - 1) + 16):
-            if row_bytes > 1 << 19:
-                continue  # the same again, only longer
-            # One cluster: its rows follow each other, more than there are slots for their sums.
-            emu.set(seed=rounds, shared_bytes=shared, multiprocessors=blocks)
-            dtype = DTYPES[(rounds + stages) % 3]
-            check(row_bytes // SIZE[dtype], dtype, inplace=rounds == 2)
+# Packs of a row: fewer than blocks, slices that are empty or of one pack, around a warp's tile of
+# 128 packs and around one for each warp, and more threads from 40 KiB on.
+PACKS = [1, 7, 9, 127, 128, 129, 8 * 128 - 1, 8 * 128, 9 * 128 + 1, 2561, 3 * 1281]
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 8])
+@pytest.mark.parametrize("packs", PACKS)
+def test_resident_any_slice(packs, blocks, emu, hold):
+    hold(blocks)
+    emu.set(seed=packs)
+    for dtype in DTYPES:
+        check(packs * 16 // SIZE[dtype], dtype, rows=4, inplace=blocks % 4 == 0)
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_cluster_in_any_order(seed, emu, monkeypatch):
-    monkeypatch.setattr(cuda, "cluster", 1 + seed % 4)
-    emu.set(seed=seed, multiprocessors=8)
+def test_resident_in_any_order(seed, emu, hold):
+    hold(2 ** (seed % 4))
+    emu.set(seed=seed)
     check(33280, DTYPES[seed % 3], rows=9, inplace=seed % 2 == 1, entropy=seed % 5 < 3)
+
+
+@pytest.mark.parametrize("blocks", [STREAMING, 1, 2, 4])
+def test_many_rows_to_a_multiprocessor(blocks, emu, hold, poisoned):
+    hold(blocks)
+    emu.set(multiprocessors=1)
+    for inplace in (False, True):
+        check(2056, torch.bfloat16, rows=25, inplace=inplace)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, vocab", [(torch.bfloat16, 151936), (torch.float32, 151936)])
-def test_real_vocabulary_by_the_table(dtype, vocab, emu):
-    emu.set(multiprocessors=8)
+def test_real_vocabulary_by_the_table(dtype, vocab):
     check(vocab, dtype, rows=4)
 
 
 def test_a_row_larger_than_a_cluster_holds(emu):
-    emu.set(shared_bytes=101376)
-    assert emu.cuda_plan(8 * 16384 * 4, 9, 101376)["cluster"] == 8
-    assert emu.cuda_plan(8 * 16384 * 4 + 16, 9, 101376)["cluster"] == 0
-    check(8 * 16384 * 4 // 4 + 4, torch.float32, rows=2)
+    emu.set(shared_bytes=16768)
+    assert cuda.plan(32768, 4, 0) == "holds a row in 8 blocks"
+    assert cuda.plan(32772, 4, 0) == "streams rows"
+    assert cuda.plan(32767, 2, 0) == "streams rows that can't all begin on 16 bytes"
+    check(32772, torch.float32, rows=2)
 
 
-def test_same_bits_whatever_the_order_and_the_batch(emu, monkeypatch):
+def test_same_bits_whatever_the_order_and_the_batch(emu, hold):
     p = problem(dk.dcpo(entropy_coef=0.01), vocab=16640, dtype=torch.bfloat16, lengths=(3, 2))
     for blocks in (STREAMING, 1, 2):
-        monkeypatch.setattr(cuda, "cluster", blocks)
+        hold(blocks)
         results = []
         for seed, gpus in ((1, 2), (2, 4), (3, 8)):
             emu.set(seed=seed, multiprocessors=gpus)
@@ -122,11 +137,11 @@ def test_same_bits_whatever_the_order_and_the_batch(emu, monkeypatch):
         arguments = {k: v[1:2] for k, v in p.arguments.items() if k not in ("lengths", "objective")
                      and isinstance(v, torch.Tensor)}  # fmt: skip
         alone = dk.policy_loss(
-            p.base[1:2].clone(), **arguments, lengths=[1], objective=dk.dcpo(entropy_coef=0.01),
-            backend="cuda",
+            p.base[1:2].clone().requires_grad_(), **arguments, lengths=[1],
+            objective=dk.dcpo(entropy_coef=0.01), backend="cuda",
         )  # fmt: skip
-        if blocks == STREAMING:  # no gradient is asked for: always that kernel
-            assert torch.equal(alone.logprobs, results[0][0][1:2])
+        assert torch.equal(alone.logprobs, results[0][0][1:2])
+        assert torch.equal(alone.entropy, results[0][1][1:2])
 
 
 def shifted_by(x, by):
@@ -138,9 +153,9 @@ def shifted_by(x, by):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 5, 37, 1003, 8193, 33001, 33008])
-def test_same_bits_wherever_a_row_begins(vocab, dtype, monkeypatch):
+def test_same_bits_wherever_a_row_begins(vocab, dtype, hold):
     """And whatever rows stand before it: where V is odd they move its first byte."""
-    monkeypatch.setattr(cuda, "cluster", STREAMING)
+    hold(STREAMING)
     rows, ids = (2 * torch.randn(1, vocab)).to(dtype), torch.tensor([vocab // 2])
     results = []
     for by in range(16 // SIZE[dtype]):
@@ -155,8 +170,8 @@ def test_same_bits_wherever_a_row_begins(vocab, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_same_bits_wherever_a_row_of_a_cluster_begins(blocks, monkeypatch):
-    monkeypatch.setattr(cuda, "cluster", blocks)
+def test_same_bits_wherever_a_row_of_a_cluster_begins(blocks, hold):
+    hold(blocks)
     rows, ids = torch.randn(3, 16640).bfloat16(), torch.tensor([1, 2, 3])
     found = [run(shifted_by(rows, by), ids, backend="cuda") for by in (0, 8, 16)]
     for out, gradient in found[1:]:
@@ -179,8 +194,8 @@ def batch(vocab=2 * VOCAB, rows=6, dtype=torch.float32):
 
 @kernels
 @pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
-def test_rows_that_do_not_count_are_zeros(blocks, inplace, monkeypatch):
-    monkeypatch.setattr(cuda, "cluster", blocks)
+def test_rows_that_do_not_count_are_zeros(blocks, inplace, hold):
+    hold(blocks)
     logits, ids, old, advantages = (x[None] for x in batch(rows=40))
     mask = torch.rand(1, 40) < 0.3
     logits[~mask], ids[~mask], old[~mask] = NAN, -100, NAN
@@ -198,8 +213,8 @@ def test_rows_that_do_not_count_are_zeros(blocks, inplace, monkeypatch):
 
 
 @kernels
-def test_advantage_zero_is_skipped(blocks, monkeypatch):
-    monkeypatch.setattr(cuda, "cluster", blocks)
+def test_advantage_zero_is_skipped(blocks, hold):
+    hold(blocks)
     logits, ids, old, advantages = batch()
     advantages[::2] = 0
     logits[::2] = NAN  # not read
@@ -213,8 +228,8 @@ def test_advantage_zero_is_skipped(blocks, monkeypatch):
 
 
 @kernels
-def test_an_id_out_of_range_makes_its_row_nan(blocks, unchecked_ids, monkeypatch):
-    monkeypatch.setattr(cuda, "cluster", blocks)
+def test_an_id_out_of_range_makes_its_row_nan(blocks, unchecked_ids, hold):
+    hold(blocks)
     logits, ids, old, advantages = batch()
     ids[1], ids[3], ids[4] = 2 * VOCAB, -100, 1 << 40
     bad = torch.tensor([False, True, False, True, True, False])
@@ -227,8 +242,8 @@ def test_an_id_out_of_range_makes_its_row_nan(blocks, unchecked_ids, monkeypatch
 
 @kernels
 @pytest.mark.parametrize("poison", [NAN, INF])
-def test_a_broken_logit_breaks_its_row(poison, blocks, monkeypatch):
-    monkeypatch.setattr(cuda, "cluster", blocks)
+def test_a_broken_logit_breaks_its_row(poison, blocks, hold):
+    hold(blocks)
     logits, ids, old, advantages = batch()
     ids[2] = 7
     logits[2, 2 * VOCAB - 1] = poison
@@ -241,9 +256,9 @@ def test_a_broken_logit_breaks_its_row(poison, blocks, monkeypatch):
 
 
 @kernels
-def test_what_stands_beside_a_peak_in_the_gradient(blocks, monkeypatch):
+def test_what_stands_beside_a_peak_in_the_gradient(blocks, hold):
     """The same of `fused`, in each of its kernels."""
-    monkeypatch.setattr(cuda, "cluster", blocks)
+    hold(blocks)
     logits, ids, _, _ = batch()
     peaks = torch.tensor([12.0, 17.0, 20.0, 30.0, 40.0, 60.0])
     logits = (logits / 2).scatter(1, ids[:, None], peaks[:, None])
@@ -265,28 +280,51 @@ def test_what_stands_beside_a_peak_in_the_gradient(blocks, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "major, shared, row_bytes, cluster, stages",
+    "major, shared, row_bytes, cluster, threads, held",
     [
-        (9, 232448, 32000 * 2, 1, 14),
-        (9, 232448, 128256 * 2, 2, 14),
-        (9, 232448, 151936 * 2, 4, 14),
-        (9, 232448, 151936 * 4, 8, 14),
-        (9, 232448, 262144 * 2, 4, 14),
-        (10, 232448, 151936 * 2, 4, 14),
-        (12, 101376, 128256 * 2, 8, 6),
-        (12, 101376, 151936 * 4, 0, 0),
-        (8, 166912, 151936 * 2, 0, 0),
-        (9, 232448, 16384, 0, 0),
+        (9, 232448, 8192 * 2, 1, 128, 8),
+        (9, 232448, 32000 * 2, 1, 256, 3),
+        (9, 232448, 128256 * 2, 4, 256, 3),
+        (9, 232448, 151936 * 2, 4, 256, 3),
+        (9, 232448, 151936 * 4, 8, 256, 3),
+        (9, 232448, 262144 * 2, 8, 256, 3),
+        (9, 232448, 262144 * 4, 8, 256, 1),
+        (10, 232448, 32000 * 2, 2, 128, 6),
+        (10, 232448, 128256 * 2, 8, 128, 6),
+        (10, 232448, 151936 * 2, 8, 128, 5),
+        (12, 101376, 128256 * 2, 8, 128, 3),
+        (12, 101376, 151936 * 2, 8, 128, 2),
+        (12, 101376, 262144 * 4, 0, 0, 0),
+        (8, 166912, 151936 * 2, 0, 0, 0),
     ],
 )
-def test_table(major, shared, row_bytes, cluster, stages, emu):
-    plan = emu.cuda_plan(row_bytes, major, shared)
-    assert (plan["cluster"], plan["stages"]) == (cluster, stages)
+def test_table(major, shared, row_bytes, cluster, threads, held, emu):
+    emu.set(major=major, shared_bytes=shared)
+    plan = emu.cuda_plan(row_bytes, 0)
+    assert (plan["cluster"], plan["threads"]) == (cluster, threads)
     if cluster:
-        assert plan["shared_bytes"] <= shared
-        assert plan["rounds"] * cluster * 16384 >= row_bytes
-        assert plan["rounds"] + plan["slack"] + 2 <= plan["stages"]
-        assert plan["slack"] + 2 <= plan["rounds"]
+        assert 16 * plan["slice"] * cluster >= row_bytes and plan["shared_bytes"] <= shared
+        by_registers = 1024 // threads
+        assert min((shared + 1024) // (plan["shared_bytes"] + 1024), by_registers) == held
+
+
+@needs_kernels
+def test_info_and_the_benchmark_say_which_kernel_runs(emu, monkeypatch):
+    there = {name: getattr(_compiled.C, name) for name in dir(_compiled.C)}
+    there |= {name: getattr(emu, name) for name in ("cuda", "cuda_devices", "cuda_versions")}
+    monkeypatch.setattr(_compiled, "C", SimpleNamespace(**there))
+    monkeypatch.setattr(backends, "unavailable", lambda *_: "")
+    said = info._text(info.collect())
+    assert "(V = 151,936 in bf16: holds a row in 4 blocks)" in said
+    assert "(V = 262,144 in bf16: holds a row in 8 blocks)" in said
+    for vocab, what in (
+        (503, "streams rows that can't all begin on 16 bytes"),
+        (504, "streams rows"),
+    ):
+        data = inputs.make(replace(CASE, vocab=vocab))
+        assert implementations._kernel(operators()["fused"], data, cluster=0) == what
+    assert implementations._kernel(operators()["fused"], data, 2) == "holds a row in 2 blocks"
+    assert implementations._kernel(operators()["read"], data) == ""
 
 
 @pytest.mark.skipif(
@@ -334,16 +372,10 @@ def test_random_batches_with_a_thread_of_the_system_for_each(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_missing_barrier_is_a_data_race():
+@pytest.mark.parametrize("kind", ["resident", "streaming"])
+def test_a_missing_barrier_is_a_data_race(kind):
     flags = (*THREADS, "-DDCPO_EMU_WITHOUT_SYNCTHREADS")
     program = emulator.build("stress", emulator.STRESS, *flags)
     # Threads of the system run as they like: one run in some need not show it.
-    runs = (stress(program, seed, 1, "streaming") for seed in range(10))
+    runs = (stress(program, seed, 1, kind) for seed in range(10))
     assert any(done.returncode != 0 and "data race" in done.stderr for done in runs)
-
-
-@pytest.mark.slow
-def test_a_missing_warp_barrier_is_noticed():
-    program = emulator.build("stress", emulator.STRESS, "-O0", "-DDCPO_EMU_WITHOUT_SYNCWARP")
-    done = stress(program, 0, 20, "cluster")
-    assert done.returncode != 0 and "has not fenced" in done.stdout + done.stderr

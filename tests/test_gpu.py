@@ -3,6 +3,8 @@ must not happen. What any device can is in the tests of every backend, where it 
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from backends import GPU, use
@@ -39,16 +41,28 @@ def test_vocabularies(vocab, dtype, inplace, backend):
 def blocks(request, monkeypatch):
     """How many blocks of the CUDA backend hold a row."""
     with use("cuda"):
-        monkeypatch.setattr(cuda, "cluster", request.param)
+        monkeypatch.setattr(cuda, "fused", partial(cuda.fused, cluster=request.param))
         yield
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 2, 4, 8], indirect=True)
+every_size = pytest.mark.parametrize("blocks", [0, 1, 2, 4, 8], indirect=True)
+
+
+@every_size
 @pytest.mark.parametrize("vocab", [16896, 33280, 66560, 131088])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
-def test_cluster_sizes(vocab, blocks, dtype, inplace):
+def test_cluster_sizes(vocab, blocks, dtype, inplace, poisoned):
     check(problem(dk.dcpo(entropy_coef=0.01), dtype=dtype, vocab=vocab), "cuda", inplace=inplace)
+
+
+@every_size
+@pytest.mark.parametrize("inplace", [False, True], ids=["functional", "inplace"])
+def test_many_rows_to_a_multiprocessor(blocks, inplace, poisoned):
+    """A block's shared memory is another's, of a row before."""
+    rows = 24 * torch.cuda.get_device_properties(0).multi_processor_count
+    p = problem(dk.dcpo(), dtype=torch.bfloat16, vocab=4104, lengths=(rows, 5, 8))
+    check(p, "cuda", inplace=inplace)
 
 
 # Watched by scripts/sanitize.sh: every kernel, every cluster size, padding, rows that end oddly.
@@ -59,7 +73,7 @@ def test_cluster_sizes(vocab, blocks, dtype, inplace):
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["dcpo", "gspo"])  # one pass, two passes
-def test_odd_rows(vocab, blocks, dtype, name):
+def test_odd_rows(vocab, blocks, dtype, name, poisoned):
     objective = OBJECTIVES[name](entropy_coef=0.01)
     p = problem(objective, layout="padded", dtype=dtype, vocab=vocab, lengths=(2, 0, 3))
     check(p, "cuda")

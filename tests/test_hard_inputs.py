@@ -269,7 +269,8 @@ def test_a_poisoned_logit_reaches_its_loss_in_every_objective(name, use_backend)
         p.base[1, 5] = NAN
         out, gradient = p.run(backend=use_backend)
         # One ratio a response: all of its tokens
-        broken = torch.arange(5) < 3 if name == "gspo" else torch.arange(5) == 1
+        one_ratio, rows = p.arguments["objective"].by_response, torch.arange(5)
+        broken = rows < 3 if one_ratio else rows == 1
         assert out.token_loss[broken].isnan().all() and gradient[1].isnan().all()
         assert torch.equal(out.token_loss[~broken], clean[0].token_loss[~broken])
         assert torch.equal(gradient[~broken], clean[1][~broken])

@@ -75,6 +75,7 @@ def test_summarize():
             "loss": 0.25,
             "tokens": 5,
             "tokens_read": 5,
+            "tokens_dropped": 0,
             "responses": 2,
             "logprob_mean": -10.5 / 5,
             "ratio_mean": 9 / 5,

@@ -11,7 +11,7 @@ from backends import CPU, on_backends
 from problems import OBJECTIVES
 
 import dcpo_kernels as dk
-from dcpo_kernels.decide import clip_bounds, decide
+from dcpo_kernels.decide import clip_bounds, decide, log_ratio_part
 from dcpo_kernels.objective import (
     CLIP_CAP,
     CLIP_HIGH,
@@ -20,8 +20,10 @@ from dcpo_kernels.objective import (
     CLIP_REGION,
     CLIPPED,
     DIVERGENCES,
+    KL_ESTIMATORS,
     MAX_LOG_RATIO,
     SURROGATES,
+    WHOLE_RESPONSE,
 )
 
 INF = math.inf
@@ -37,6 +39,21 @@ PRESETS = {
     "inverse_sqrt": (dk.inverse_sqrt(), {"surrogate": "inverse-sqrt-clip",
                                          "aggregation": "only-token-mean"}),
     "cispo": (dk.cispo(), {"surrogate": "reinforce", "ratio_cap": 5.0}),
+    "reinforce": (dk.reinforce(), {"surrogate": "reinforce", "ratio_cap": 1.0, "floor_low": 1.0,
+                                   "floor_high": 1.0}),
+    "topr": (dk.topr(), {"surrogate": "reinforce", "ratio_cap": 1.0, "floor_high": 1.0}),
+    "ipo": (dk.ipo(), {"surrogate": "ratio-mask", "eps_low": 1.0, "eps_high": INF,
+                       "divergence": "binary_tv", "limit_low": 0.1, "limit_high": 0.1,
+                       "old_kl_coef": 0.002, "old_kl_estimator": "k2"}),
+    "up": (dk.up(), {"surrogate": "reinforce-clip", "eps_high": INF, "ratio_cap": 3.0}),
+    "spo": (dk.spo(), {"surrogate": "quadratic"}),
+    "drpo": (dk.drpo(), {"surrogate": "dynamic-quadratic", "eps_low": 12.5, "eps_high": 12.5}),
+    "luspo": (dk.luspo(), {"eps_low": 2e-3, "eps_high": 2.5e-3, "ratio_level": "sequence",
+                           "aggregation": "seq-mean-token-sum"}),
+    "gmpo": (dk.gmpo(), {"surrogate": "geometric-clip", "eps_low": 0.4, "eps_high": 0.4,
+                         "ratio_level": "sequence", "aggregation": "seq-mean-token-mean"}),
+    "vespo": (dk.vespo(), {"surrogate": "gamma", "eps_low": 2.0, "eps_high": 3.0, "power_low": 3.0,
+                           "power_high": 2.0, "ratio_level": "sequence"}),
     "icepop": (dk.icepop(), {"surrogate": "ratio-mask", "eps_low": 0.5, "eps_high": 4.0}),
     "sapo": (dk.sapo(), {"surrogate": "soft-gate", "eps_low": 1.05, "eps_high": 1.0,
                          "aggregation": "seq-mean-token-mean"}),
@@ -45,8 +62,12 @@ PRESETS = {
 }  # fmt: skip
 DEFAULTS = {
     "surrogate": "clip", "eps_low": 0.2, "eps_high": 0.2, "ratio_max": INF, "ratio_cap": INF,
-    "ratio_level": "token", "divergence": "none", "limit_low": INF, "limit_high": INF,
-    "aggregation": "token-mean", "kl_coef": 0.0, "entropy_coef": 0.0, "penalty_coef": 0.0,
+    "floor_low": 0.0, "floor_high": 0.0, "power_low": 0.0, "power_high": 0.0,
+    "ratio_level": "token", "divergence": "none",
+    "limit_low": INF, "limit_high": INF, "aggregation": "token-mean",
+    "kl_coef": 0.0, "kl_estimator": "k3", "old_kl_coef": 0.0, "old_kl_estimator": "k3",
+    "entropy_coef": 0.0, "penalty_coef": 0.0, "function": None,
+    "rollout_mode": "none", "rollout_low": 0.0, "rollout_high": INF,
 }  # fmt: skip
 
 
@@ -93,23 +114,56 @@ def test_every_preset_takes_parts_and_is_frozen(make):
     [
         ({"surrogate": "clipped"}, "surrogate='clipped' is not one of clip, dynamic-clip"),
         ({"divergence": "js"}, "divergence='js' is not one of none, binary_tv"),
-        ({"ratio_level": "batch"}, "ratio_level='batch' is not one of token, sequence"),
+        (
+            {"ratio_level": "batch"},
+            "ratio_level='batch' is not one of token, sequence, ",
+        ),
         ({"aggregation": "mean"}, "aggregation='mean' is not one of only-token-mean"),
         ({"eps_low": -0.1}, "eps_low=-0.1 must be >= 0"),
         ({"eps_high": math.nan}, "eps_high=nan must be >= 0"),
         ({"surrogate": "reinforce", "divergence": "tv", "limit_low": -1}, "limit_low=-1 must"),
         ({"ratio_max": 0.9}, "ratio_max=0.9 must be >= 1"),
         ({"ratio_cap": math.nan}, "ratio_cap=nan must be >= 1"),
+        (
+            {"surrogate": "reinforce", "ratio_cap": 0.9, "floor_high": 1},
+            "ratio_cap=0.9 must be >= 1",
+        ),
+        ({"surrogate": "reinforce", "floor_low": -0.1}, "floor_low=-0.1 must be >= 0"),
+        ({"floor_low": 0.1}, "a floor is of the weight of surrogate='reinforce'"),
+        ({"kl_estimator": "k4"}, "kl_estimator='k4' is not one of k1, k2, k3, abs"),
+        ({"old_kl_estimator": "mse"}, "old_kl_estimator='mse' is not one of k1, k2"),
         ({"kl_coef": INF}, "kl_coef=inf must be finite"),
+        ({"old_kl_coef": math.nan}, "old_kl_coef=nan must be finite"),
+        ({"surrogate": "gamma"}, "is of a whole response and needs ratio_level='sequence'"),
+        (
+            {"surrogate": "geometric-clip", "ratio_level": "sequence-token"},
+            "needs ratio_level='sequence', not 'sequence-token'",
+        ),
+        ({"power_low": 1.0}, "a power goes with surrogate='gamma'"),
+        *(
+            (
+                {
+                    "surrogate": "gamma",
+                    "ratio_level": "sequence",
+                    f"{kl}_coef": 0.1,
+                    f"{kl}_estimator": "k3_unbiased",
+                },
+                f"{kl}_estimator='k3_unbiased' takes the plain ratio",
+            )
+            for kl in ("kl", "old_kl")
+        ),
         ({"entropy_coef": math.nan}, "entropy_coef=nan must be finite"),
         ({"penalty_coef": INF}, "penalty_coef=inf must be finite"),
+        ({"rollout_high": 2.0}, "need rollout_mode='truncate' or 'mask'"),
+        ({"rollout_mode": "mask", "rollout_low": 2, "rollout_high": 1}, "0 <= rollout_low <="),
         ({"penalty_coef": 0.1}, "penalty_coef=0.1 needs a divergence to penalize"),
         (
             {"ratio_level": "sequence", "divergence": "tv", "penalty_coef": 0.1},
             "divergence='tv' compares tokens",
         ),
-        ({"surrogate": "soft-gate", "eps_low": 0.0}, "soft gate must be > 0"),
-        ({"divergence": "tv"}, "divergence mask goes with surrogate='reinforce'"),
+        ({"surrogate": "soft-gate", "eps_low": 0.0}, "eps_low=0.0 and eps_high=0.2 must be > 0"),
+        ({"surrogate": "quadratic", "eps_high": 0.0}, "surrogate='quadratic', which divides by"),
+        ({"divergence": "tv"}, "divergence mask goes with surrogate='reinforce' or 'ratio-mask'"),
         ({"limit_low": 0.1}, "a limit needs a divergence"),
         ({"surrogate": "reinforce", "ratio_max": 5.0}, "ratio_max bounds a clip"),
         (
@@ -117,8 +171,10 @@ def test_every_preset_takes_parts_and_is_frozen(make):
             "ratio_cap has no place in surrogate='soft-gate'",
         ),
         ({"surrogate": "ratio-mask", "ratio_cap": 5.0}, "ratio_cap has no place in"),
+        ({"surrogate": "quadratic", "ratio_cap": 5.0}, "ratio_cap has no place in"),
         ({"surrogate": "ratio-mask", "ratio_max": 5.0}, "ratio_max bounds a clip"),
         ({"surrogate": "dynamic-clip", "ratio_level": "sequence"}, "bounds per token"),
+        ({"surrogate": "dynamic-quadratic", "ratio_level": "sequence"}, "bounds per token"),
         (
             {"surrogate": "reinforce", "divergence": "tv", "ratio_level": "sequence"},
             "compares tokens",
@@ -135,11 +191,17 @@ def test_refused(changes, words):
 
 def test_numbers_of_an_objective():
     for i, surrogate in enumerate(SURROGATES):
-        assert dk.Objective("x", surrogate).numbers.surrogate == i
+        level = "sequence" if surrogate in WHOLE_RESPONSE else "token"
+        assert dk.Objective("x", surrogate, ratio_level=level).numbers.surrogate == i
     for i, divergence in enumerate(DIVERGENCES[1:], 1):
         assert dk.dppo(divergence).numbers.divergence == i
+    for i, estimator in enumerate(KL_ESTIMATORS):
+        numbers = dk.grpo(kl_estimator=estimator, old_kl_estimator=KL_ESTIMATORS[i - 1]).numbers
+        assert numbers.kl_estimator == i == (numbers.old_kl_estimator + 1) % len(KL_ESTIMATORS)
     numbers = dk.Objective("x", "clip", 0.1, 0.2, 3, 4, kl_coef=0.5, entropy_coef=0.6).numbers
-    assert numbers == (0, 0, 0.1, 0.2, 3, 4, INF, INF, 0.5, 0.6, 0.0)
+    assert numbers[:5] == (0, 0, 2, 2, 0)
+    assert numbers[5:15] == (0.1, 0.2, 3, 4, 0, 0, 0, 0, INF, INF)
+    assert numbers[15:] == (0.5, 0.0, 0.6, 0.0, 0.0, INF)
     numbers = dk.dppo("kl", (0.7, 0.8), penalty_coef=0.9).numbers
     assert (numbers.limit_low, numbers.limit_high, numbers.penalty_coef) == (0.7, 0.8, 0.9)
     assert dk.dppo("kl", [0.7, 0.8]) == dk.dppo("kl", (0.7, 0.8))
@@ -235,12 +297,14 @@ def test_decide_on_a_grid(name, kl_coef, use_backend):
         logp, old, A, ref = (x[possible] for x in (logp, old, A, ref))
     out, g = through_a_kernel(objective, logp.double(), old, A, ref, use_backend)
     doubles = [x.double() for x in (out.logprobs, old, A)]
-    want = decide(objective.numbers, *doubles, ref_logprobs=ref.double())
+    # A response of one token each
+    log_ratio = log_ratio_part(objective.numbers, *doubles, torch.ones_like(doubles[0]))
+    want = decide(objective.numbers, *doubles, ref_logprobs=ref.double(), log_ratio=log_ratio)
     torch.testing.assert_close(out.ratio.double(), want.ratio, rtol=1e-5, atol=0)
     torch.testing.assert_close(out.token_loss.double(), want.loss, rtol=3e-5, atol=1e-6)
     assert torch.equal(out.clipped, want.clipped)
     torch.testing.assert_close(g, want.g, rtol=1e-4, atol=1e-5)
     held = (doubles[0] - old.double()).abs() > MAX_LOG_RATIO
     assert held.any() or objective.divergence != "none"
-    if kl_coef == 0 and objective.penalty_coef == 0:
+    if not objective.pulls_without_advantage:
         assert (g[held] == 0).all()

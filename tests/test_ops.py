@@ -100,7 +100,7 @@ def arguments_of(
     if op == "multiply_":
         return logits, torch.tensor(0.37)
     if op == "decide":
-        groups = RatioGroups(optional, responses.offsets, responses.lengths)
+        groups = RatioGroups(optional, optional, responses.offsets, responses.lengths)
         return *Read(stats.logprobs, stats.entropy), *tokens, *numbers, *groups
     if op == "finish":
         clipped = (10 * one.abs()).to(torch.int8) % 5
@@ -404,11 +404,22 @@ def frozen_loss(p, out, rows):
     logp, entropy = dk.selected_logprobs(
         rows, a["target_ids"], temperature=a["temperature"], with_entropy=True, backend="reference"
     )
-    weight = dk.token_weights(a["lengths"], o.aggregation)
-    g = -a["advantages"] * a["importance_weights"] * (out.clipped != 4)
-    d = a["ref_logprobs"] - logp
-    terms = g * out.ratio.clamp(max=o.ratio_cap) * logp - o.entropy_coef * entropy
-    terms = terms + o.kl_coef * (torch.expm1(d) - d)
+    token_weights = dk.token_weights(a["lengths"], o.aggregation)
+    A, w = a["advantages"], out.ratio
+    weight = w.clamp(max=o.ratio_cap).maximum(torch.where(A < 0, o.floor_low, o.floor_high))
+    weight = weight * a["importance_weights"]
+    if o.surrogate == "gamma":
+        k, eps = (
+            torch.where(A < 0, *pair).double()
+            for pair in ((o.power_low, o.power_high), (o.eps_low, o.eps_high))
+        )
+        weight = w**k * (eps * (1 - w)).exp()
+    terms = -A * (out.clipped != 4) * weight * logp - o.entropy_coef * entropy
+    for kl, anchor in (("kl", a["ref_logprobs"]), ("old_kl", a["old_logprobs"])):
+        d = anchor - logp
+        estimates = {"k3": torch.expm1(d) - d, "abs": d.abs()}
+        estimates["k3_unbiased"] = (logp - a["old_logprobs"]).exp() * estimates["k3"]
+        terms = terms + getattr(o, f"{kl}_coef") * estimates[getattr(o, f"{kl}_estimator")]
     if o.penalty_coef:
         keys = ("temperature", "topk_ids", "topk_logprobs", "old_logits")
         more = {key: a[key] for key in keys if key in a}
@@ -418,7 +429,7 @@ def frozen_loss(p, out, rows):
             D = binary_divergence(kind, logp, a["old_logprobs"].double())
         limit = torch.where(a["advantages"] < 0, o.limit_low, o.limit_high)
         terms = terms + o.penalty_coef * (D - limit).relu()
-    return (weight * terms).sum()
+    return (token_weights * terms).sum()
 
 
 def finite_differences(function, x, step=1e-6):
@@ -432,11 +443,9 @@ def finite_differences(function, x, step=1e-6):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_gradcheck_of_the_reference(name):
     objective = OBJECTIVES[name](kl_coef=0.3, entropy_coef=0.2)
-    # GSPO's gradient is the derivative of its loss where a response's tokens weigh the same.
-    per = "response" if name == "gspo" else "token"
-    p = problem(
-        objective, vocab=5, lengths=(2, 0, 2), temperature=0.7, importance=per, advantages=per
-    )
+    p = problem(objective, vocab=5, lengths=(2, 0, 2), temperature=0.7, importance="token")
+    if name == "up":  # with A > 0 its ratio is that of the policy to itself, always 1
+        p.arguments["advantages"] = -p.arguments["advantages"].abs()
     if p.arguments.get("old_logits") is not None:
         p.arguments["old_logits"] = p.arguments["old_logits"].double()
     rows = p.base.double().requires_grad_()
@@ -444,7 +453,7 @@ def test_gradcheck_of_the_reference(name):
     def loss(rows):
         return dk.policy_loss(rows, **p.arguments, backend="reference").loss
 
-    if objective.surrogate != "reinforce":
+    if objective.surrogate not in ("reinforce", "gamma"):
         (gradient,) = torch.autograd.grad(loss(rows), rows)
         close = {"rtol": 1e-5, "atol": 1e-7}
         torch.testing.assert_close(gradient, finite_differences(loss, rows), **close)

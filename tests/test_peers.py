@@ -85,10 +85,11 @@ def verl():
     config = pytest.importorskip("verl.workers.config", reason="verl is not installed")
     algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 
-    def loss(name, batch, aggregation, importance=None, **numbers):
+    def loss(name, batch, aggregation, importance=None, dro_beta=None, **numbers):
         actor = config.ActorConfig(
-            strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **numbers
-        )
+            strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **numbers,
+            policy_loss=config.PolicyLossConfig(dro_beta=dro_beta),
+        )  # fmt: skip
         function = algos.get_policy_loss_fn(name)
         advantages = batch.advantages[:, None].expand(BATCH, TIME)
         mask = batch.mask.double()
@@ -110,12 +111,17 @@ VERL = {
         dk.dapo(0.2, 0.28, ratio_cap=3.0),
         clip(0.2, 0.28, 3.0),
     ),
-    "gspo": (dk.gspo(0.02, 0.03), clip(0.02, 0.03)),
+    "gspo": (dk.gspo(0.02, 0.03, ratio_level="sequence-token"), clip(0.02, 0.03)),
     "dppo_tv": (dk.dppo(ratio_cap=1.5), clip(0.15, 0.15, 1.5)),
     "dppo_kl": (dk.dppo("binary_kl"), clip(0.05, 0.05, 20.0)),
     "sapo": (dk.sapo(), {"tau_pos": 1.0, "tau_neg": 1.05}),
     "cispo": (dk.cispo(1.3), clip(1.0, 0.3)),
+    "cispo with a floor": (dk.cispo(1.3, 0.8), clip(0.2, 0.3)),
+    "geo_mean": (dk.gmpo(0.1, 0.15), clip(0.1, 0.15)),
+    "gpg": (dk.reinforce(), {}),
+    "dro": (dk.reinforce(old_kl_coef=0.3, old_kl_estimator="k2"), {"dro_beta": 0.3}),
 }
+UNCLIPPED = ("sapo", "gpg", "dro")
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "importance-weights"])
@@ -126,6 +132,10 @@ def test_verl(verl, batch, name, aggregation, weighted, use_backend):
     objective, numbers = VERL[name]
     if name == "sapo" and aggregation != "seq-mean-token-mean":
         aggregation = "seq-mean-token-mean"  # verl's takes no other
+    if name == "dro" and weighted:
+        pytest.skip("verl's weights multiply the KL term too")
+    if name == "geo_mean" and (weighted or aggregation != "seq-mean-token-mean"):
+        pytest.skip("verl averages over responses alone, and takes the weights' geometric mean")
     importance = batch.importance if weighted else None
     out = assert_equal(
         batch,
@@ -135,15 +145,35 @@ def test_verl(verl, batch, name, aggregation, weighted, use_backend):
         importance_weights=None if importance is None else importance.float(),
         **SHAPES[aggregation],
     )
-    if name != "sapo":
-        assert out.clipped.any()
+    assert out.clipped.any() == (name not in UNCLIPPED)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs", "k3+"])
+@on_ours
+def test_verl_kl(verl, batch, estimator, use_backend):
+    """Its KL loss beside its policy loss, as verl/workers/utils/losses.py adds them."""
+    algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    policy, mask = verl("vanilla", batch, "token-mean", **clip(0.2, 0.2)), batch.mask.double()
+
+    def with_kl(logp):
+        kl = algos.kl_penalty(logp, batch.ref, estimator)
+        return policy(logp) + 0.3 * algos.agg_loss(kl, mask, "token-mean")
+
+    objective = dk.ppo(kl_coef=0.3, kl_estimator=estimator)
+    assert_equal(batch, with_kl, use_backend, objective=objective, ref_logprobs=batch.ref.float())
 
 
 @pytest.fixture(scope="module")
 def trl():
     trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="trl is not installed")
 
-    def loss(batch, loss_type, beta, level):
+    gmpo = pytest.importorskip("trl.experimental.gmpo.gmpo_trainer")
+
+    def loss(
+        batch, loss_type, beta, level="token", unbiased=False, delta=None, cap=1.28, weights=None
+    ):
+        of = gmpo.GMPOTrainer if loss_type == "gmpo" else trainer.GRPOTrainer
+
         def loss_of(logp):
             # The method alone, on a trainer of which nothing else is real: its metrics go nowhere.
             self = MagicMock()
@@ -156,8 +186,10 @@ def trl():
                 "beta": beta,
                 "loss_type": loss_type,
                 "epsilon_low": 0.2,
-                "epsilon_high": 1.28 if loss_type == "cispo" else 0.28,  # there it is the cap
-                "use_vllm": False,
+                "epsilon_high": cap if loss_type == "cispo" else 0.28,  # there it is the cap
+                "use_vllm": weights is not None,
+                "vllm_importance_sampling_correction": True,
+                "get_gamma_weights": trainer.GRPOTrainer.get_gamma_weights,
                 "max_completion_length": TIME,
                 "current_gradient_accumulation_steps": 1,
                 "_entropy_bonus_enabled": False,
@@ -166,10 +198,14 @@ def trl():
             self.accelerator.num_processes = 1
             self.accelerator.gather = lambda x: x
             self.args = SimpleNamespace(
-                use_bias_correction_kl=False,
-                delta=None,
+                use_bias_correction_kl=unbiased,
+                delta=delta,
                 sapo_temperature_pos=1.0,
                 sapo_temperature_neg=1.05,
+                vespo_k_pos=2.0,
+                vespo_lambda_pos=3.0,
+                vespo_k_neg=3.0,
+                vespo_lambda_neg=2.0,
                 steps_per_generation=1,
             )
             nobody = torch.zeros(BATCH, 0, dtype=torch.int64)
@@ -183,7 +219,9 @@ def trl():
                 "ref_per_token_logps": batch.ref,
                 "num_items_in_batch": batch.mask.sum(),
             }
-            return trainer.GRPOTrainer._compute_loss(self, None, inputs)
+            if weights is not None:
+                inputs["importance_sampling_ratio"] = weights
+            return of._compute_loss(self, None, inputs)
 
         return loss_of
 
@@ -197,21 +235,13 @@ TRL = {
     "dr_grpo": dk.dr_grpo(eps_high=0.28),
     "sapo": dk.sapo(),
     "cispo": dk.cispo(1.28),
+    "luspo": dk.luspo(0.2, 0.28, ratio_level="token"),
 }
 
 
-# Both differentiate a response's ratio through its mean; ours hands each token its own part, which
-# is the same where a response has one advantage and one weight. For CISPO and SAPO it is not.
-LEVELS = [
-    (loss_type, level)
-    for loss_type in TRL
-    for level in ("token", "sequence")
-    if level == "token" or loss_type not in ("cispo", "sapo")
-]
-
-
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize("loss_type, level", LEVELS)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", TRL)
 @on_ours
 def test_trl(trl, batch, loss_type, level, beta, use_backend):
     objective = replace(TRL[loss_type], ratio_level=level, kl_coef=beta)
@@ -223,6 +253,56 @@ def test_trl(trl, batch, loss_type, level, beta, use_backend):
         ref_logprobs=batch.ref.float(),
         max_length=TIME,
     )
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", TRL)
+@on_ours
+def test_trl_unbiased_kl(trl, batch, loss_type, level, use_backend):
+    """use_bias_correction_kl, its default; and weights per token, which with one ratio per response
+    pull at all of its tokens."""
+    objective = replace(TRL[loss_type], ratio_level=level, kl_coef=0.3, kl_estimator="k3_unbiased")
+    assert_equal(
+        batch,
+        trl(batch, loss_type, 0.3, level, unbiased=True, weights=batch.importance),
+        use_backend,
+        importance_weights=batch.importance.float(),
+        objective=objective,
+        ref_logprobs=batch.ref.float(),
+        max_length=TIME,
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "importance-weights"])
+@pytest.mark.parametrize("level", ["token", "sequence"])  # of no matter to it
+@on_ours
+def test_trl_vespo(trl, batch, level, weighted, use_backend):
+    weights = batch.mask * batch.importance + ~batch.mask * 1.0  # it sums those of padding too
+    options = {"importance_weights": weights.float()} if weighted else {}
+    loss = trl(batch, "vespo", 0.04, level, weights=weights if weighted else None)
+    objective, ref = dk.vespo(kl_coef=0.04), batch.ref.float()
+    assert_equal(batch, loss, use_backend, objective=objective, ref_logprobs=ref, **options)
+
+
+@on_ours
+def test_trl_gmpo(trl, batch, use_backend):
+    loss, ref = trl(batch, "gmpo", 0.04), batch.ref.float()
+    objective = dk.gmpo(0.2, 0.28, kl_coef=0.04)
+    out = assert_equal(batch, loss, use_backend, objective=objective, ref_logprobs=ref)
+    assert out.clipped.any()
+
+
+@on_ours
+def test_trl_delta_is_ratio_cap(trl, batch, use_backend):
+    objective = dk.dapo(ratio_cap=1.5)
+    out = assert_equal(batch, trl(batch, "dapo", 0, delta=1.5), use_backend, objective=objective)
+    assert (out.clipped == 3).any()
+
+
+@on_ours
+def test_trl_cispo_has_a_cap_below_one(trl, batch, use_backend):
+    """Its epsilon_high is the cap, and 0.2 unless it is set."""
+    assert_equal(batch, trl(batch, "cispo", 0, cap=0.2), use_backend, objective=dk.cispo(0.2))
 
 
 def test_verl_critic(batch):

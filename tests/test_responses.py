@@ -10,13 +10,13 @@ import emulator
 import pytest
 import torch
 from backends import CPU, SLOW, needs_kernels, use
-from problems import OBJECTIVES, pairs
+from problems import CODES, OBJECTIVES, pairs
 from torch import Tensor
 
 import dcpo_kernels as dk
 from dcpo_kernels import backends, ops
 from dcpo_kernels.metrics import Summary
-from dcpo_kernels.objective import AGGREGATIONS
+from dcpo_kernels.objective import AGGREGATIONS, KL_ESTIMATORS
 from dcpo_kernels.ops.records import Grouping, RatioGroups, Read, Responses, Results, Tokens
 
 NAN, INF = float("nan"), float("inf")
@@ -169,16 +169,23 @@ def test_totals(name, on_device, backend):
 # ---- decide -------------------------------------------------------------------------------------
 
 EXTRAS = {"kl_coef": 0.3, "entropy_coef": 0.2}
+ESTIMATORS = {  # each to the reference and to the old policy
+    f"{kl} and {old_kl}": dk.dapo(
+        kl_coef=0.3, kl_estimator=kl, old_kl_coef=0.2, old_kl_estimator=old_kl
+    )
+    for kl, old_kl in zip(KL_ESTIMATORS, reversed(KL_ESTIMATORS), strict=True)
+}
 DECIDED = {
     name: make()
     for name, make in {**OBJECTIVES, "icepop": lambda: dk.icepop(0.7, 1.3)}.items()
     if not (make().needs_topk or make().needs_old_logits)
 }
 DECIDED |= {f"{name} with terms": OBJECTIVES[name](**EXTRAS) for name in ("dcpo", "gspo", "sapo")}
+DECIDED |= {f"dapo with {name}": objective for name, objective in ESTIMATORS.items()}
 DECIDED["icepop with terms"] = dk.icepop(0.7, 1.3, **EXTRAS)
 
 
-def decide_case(lengths: Tensor, by_response: bool = False, rest: int = 0, drift: float = 0.4):
+def decide_case(lengths, by_response=False, rest=0, drift=0.4, spread=True):
     """Rows of responses and some after them. A third of them have weight 0 and hold NaN."""
     rows = int(lengths.sum()) + rest
     logprobs, weights = -2 * torch.rand(rows) - 0.01, torch.rand(rows) + 0.5
@@ -199,7 +206,7 @@ def decide_case(lengths: Tensor, by_response: bool = False, rest: int = 0, drift
         x[unread] = NAN
     weights[unread] = 0.0
     offsets = torch.cat([integers(0), lengths.cumsum(0)])
-    groups = RatioGroups(by_response, offsets, lengths)
+    groups = RatioGroups(by_response, by_response and spread, offsets, lengths)
     return Read(logprobs, torch.rand(rows)), tokens, groups
 
 
@@ -214,18 +221,21 @@ def assert_decides_as_the_reference(backend, read, tokens, numbers, groups) -> l
     return found
 
 
+LEVELS = [(False, False), (True, False), (True, True)]  # by_response, spread
+
+
 @pytest.mark.parametrize("name", DECIDED)
 def test_decide(name, backend):
     objective = DECIDED[name]
-    levels = [False] if objective.divergence != "none" else [False, True]
-    for by_response in levels:
+    levels = [(False, False)] if objective.divergence != "none" else LEVELS
+    for by_response, spread in levels:
         lengths = integers(40, 0, 1, 70, 300, 20, 30, 20)
-        read, tokens, groups = decide_case(lengths, by_response, rest=7)
+        read, tokens, groups = decide_case(lengths, by_response, rest=7, spread=spread)
         arguments = backend, read, tokens, objective.numbers, groups
         *_, clipped, g, h = assert_decides_as_the_reference(*arguments)
         assert (h.numel() > 0) == (objective.entropy_coef != 0)
         assert (g != 0).any()
-        if objective.surrogate != "soft-gate" and objective.penalty_coef == 0:
+        if CODES[name.split()[0]] != {0} and objective.penalty_coef == 0:
             assert len(clipped.unique()) > 1
 
 
@@ -272,7 +282,7 @@ def test_decide_at_the_edges(name, backend):
         )
         read = Read(new.repeat_interleave(2), torch.ones(rows))
         lengths = torch.full((len(new),), 2)
-        groups = RatioGroups(by_response, torch.arange(0, rows + 1, 2), lengths)
+        groups = RatioGroups(by_response, by_response, torch.arange(0, rows + 1, 2), lengths)
         assert_decides_as_the_reference(backend, read, tokens, objective.numbers, groups)
 
 
@@ -372,7 +382,7 @@ def test_a_response_is_the_same_bits_alone_and_among_others(backend):
     rows = slice(900 + int(MANY[:40].sum()), None)  # of the last response
     read = Read(*(x[rows] for x in read if x is not None))
     tokens = Tokens(*(None if x is None else x[rows] for x in tokens))
-    groups = RatioGroups(True, integers(0, 2100), integers(2100))
+    groups = RatioGroups(True, True, integers(0, 2100), integers(2100))
     assert_same(
         ops.decide(*read, *tokens, *numbers, *groups, backend), tuple(x[rows] for x in decided)
     )

@@ -106,7 +106,7 @@ def test_nothing_spills_and_everything_fits(arch):
 
 
 # Issued per logit of so many bytes, reading it and writing it.
-INSTRUCTIONS = {2: (7.0, 6.8), 4: (5.9, 5.3)}
+INSTRUCTIONS = {2: (6.2, 5.8), 4: (5.3, 4.3)}
 # An H200: multiprocessors, and bytes per clock of its memory.
 MULTIPROCESSORS, BYTES_PER_CLOCK = 132, 4.8e12 / 1.755e9
 

@@ -15,7 +15,7 @@ def minimum_bytes(inputs: Inputs) -> int:
     every row of the gradient is written. A full divergence reads the old row too. What there is per
     token is some 50 bytes beside 300,000."""
     row = inputs.case.vocab * inputs.logits.element_size()
-    reads = 2 if inputs.objective.ratio_level == "sequence" else 1
+    reads = 2 if inputs.objective.by_response else 1
     reads += inputs.objective.needs_old_logits
     return row * (reads * inputs.counting_rows(skips(inputs)) + inputs.target_ids.numel())
 

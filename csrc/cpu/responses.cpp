@@ -62,8 +62,14 @@ void cpu_decide(const DecideArgs& a) {
     const ResponseRows r = rows_of(a, i);
     double sum = 0.0;
     for (int64_t row = r.begin; row < r.end; ++row) sum += log_ratio_of(a, row);
-    const float log_ratio = mean(sum, r.length);
-    for (int64_t row = r.begin; row < r.last; ++row) decide_row(a, row, &log_ratio);
+    const float log_ratio = response_log_ratio(a.objective, sum, r.length);
+    double pull = 0.0;
+    for (int64_t row = r.begin; row < r.last; ++row) {
+      const float own = decide_row(a, row, &log_ratio);
+      if (row < r.end) pull += own;
+    }
+    const float share = mean(pull, r.length);
+    for (int64_t row = r.begin; a.spread && row < r.last; ++row) spread_to(a, row, share);
   }
 }
 

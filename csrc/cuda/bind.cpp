@@ -2,7 +2,6 @@
 #include "bind.h"
 
 #include "cuda/device.h"
-#include "cuda/plan.h"
 #include "cuda/rows.h"
 
 namespace py = pybind11;
@@ -25,10 +24,10 @@ py::dict versions() {
   return py::dict("driver"_a = dcpo::driver_version(), "runtime"_a = dcpo::runtime_version());
 }
 
-py::dict plan(int64_t row_bytes, int major, size_t shared_bytes) {
-  const dcpo::Plan p = dcpo::choose_plan(row_bytes, major, shared_bytes);
-  return py::dict("cluster"_a = p.cluster, "stages"_a = p.stages, "rounds"_a = p.rounds,
-                  "slack"_a = p.slack, "shared_bytes"_a = p.shared_bytes);
+py::dict plan(int64_t row_bytes, int device, int cluster) {
+  const dcpo::Plan p = dcpo::cuda_plan(row_bytes, device, cluster);
+  return py::dict("cluster"_a = p.cluster, "threads"_a = p.threads, "slice"_a = p.slice,
+                  "shared_bytes"_a = p.shared_bytes);
 }
 
 }  // namespace
@@ -38,9 +37,9 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_devices", &devices, "Properties of each GPU; empty where there is none.");
   m.def("cuda_versions", &versions, "CUDA versions of the driver (0: none) and of the runtime.");
   m.def("cuda_why_not", &why_not, "device"_a, "Why kernels can't run there; empty if they can.");
-  m.def("cuda_plan", &plan, "row_bytes"_a, "major"_a, "shared_bytes"_a,
-        "How fused lays out a row on 16 bytes; cluster 0: the streaming kernel.");
-  // cluster: -1 as cuda_plan says, 0 the streaming kernel, else blocks that hold a row
+  // cluster: blocks that hold a row, 0 the streaming kernel, kByTable as plan.h says
+  m.def("cuda_plan", &plan, "row_bytes"_a, "device"_a, "cluster"_a = kByTable,
+        "How fused holds a row on 16 bytes; cluster 0: the streaming kernel.");
   bind::launcher(m, "cuda_fused", bind::kFusedFields, cuda_fused, "device", "stream", "cluster");
   bind::launcher(m, "cuda_stats", bind::kStatsFields, cuda_stats, "device", "stream");
   bind::launcher(m, "cuda_gradient", bind::kGradientFields, cuda_gradient, "device", "stream");

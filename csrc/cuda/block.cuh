@@ -35,32 +35,29 @@ __device__ __forceinline__ Sums read_packs(const T* x, int64_t vocab, float scal
     uint4 bits[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) bits[u] = load(i + u * threads);
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      float values[kPack<T>];
-      widen<T>(bits[u], values);
-      absorb<kEntropy>(sums, values, scale);
-    }
+    absorb<kEntropy, T>(sums, bits, scale);
   }
   for (; i < packs; i += threads) {
-    float values[kPack<T>];
-    widen<T>(load(i), values);
-    absorb<kEntropy>(sums, values, scale);
+    const uint4 bits[1] = {load(i)};
+    absorb<kEntropy, T>(sums, bits, scale);
   }
   const int64_t left = packs * kPack<T> + threadIdx.x;
   if (left < vocab) {
     const float value[1] = {widen(x[left])};
-    absorb<kEntropy>(sums, value, scale);
+    absorb<kEntropy>(sums, value[0], value, scale);
   }
   return sums.sums();
 }
 
-template <bool kEntropy, class T>
+// kAgain: the block reads it again, the last of it first.
+template <bool kEntropy, bool kAgain, class T>
 __device__ Sums read_row(const T* x, int64_t vocab, float scale) {
   const auto address = reinterpret_cast<uintptr_t>(x);
   if (address % 16 == 0)
-    return read_packs<kEntropy>(
-        x, vocab, scale, [x](int64_t i) { return __ldcg(reinterpret_cast<const uint4*>(x) + i); });
+    return read_packs<kEntropy>(x, vocab, scale, [x](int64_t i) {
+      const uint4* pack = reinterpret_cast<const uint4*>(x) + i;
+      return kAgain ? load_again(pack) : load_once(pack);
+    });
   if constexpr (sizeof(T) == 2) {
     if (address % 4 != 0)
       return read_packs<kEntropy>(
@@ -90,14 +87,15 @@ __device__ void write_row(const T* x, T* dx, int64_t vocab, int64_t target, cons
   mine = mine && !c.zero;
   const float target_gradient = mine ? gradient_at<kEntropy>(c, widen(x[target]), true) : 0.0f;
 
+  const Slope slope = slope_of<kEntropy>(c);
   auto element = [&](int64_t j) {
-    narrow(c.zero ? 0.0f : gradient_of<kEntropy>(c, widen(x[j])), dx[j]);
+    narrow(c.zero ? 0.0f : gradient_of<kEntropy>(slope, widen(x[j])), dx[j]);
   };
   if (edge >= 0) element(edge);
   if (packed) {
     const uint4* from = reinterpret_cast<const uint4*>(x + span.head);
     uint4* to = reinterpret_cast<uint4*>(dx + span.head);
-    auto gradient = [&](uint4 bits) { return gradient_of<kEntropy, T>(c, bits); };
+    auto gradient = [&](uint4 bits) { return gradient_of<kEntropy, T>(slope, bits); };
     int64_t i = end - 1 - thread;
     if (c.zero) {
       for (; i >= begin; i -= threads) __stcs(to + i, make_uint4(0, 0, 0, 0));
@@ -132,8 +130,7 @@ struct BlockTotals {
     if (lane == 0) mine[warp] = make_float4(s.row_max, s.rest, s.sum_exp_z, 0.0f);
     __syncthreads();
     Sums all;
-    if (lane < static_cast<int>(blockDim.x) / 32)
-      all = Sums{mine[lane].x, mine[lane].y, mine[lane].z};
+    if (lane < static_cast<int>(blockDim.x) / 32) all = sums_of(mine[lane]);
     return warp_total<kEntropy>(all, scale);
   }
 

@@ -1,10 +1,12 @@
-// The instructions behind numbers.cuh. tests/emulator/cuda/convert.cuh is the twin that runs on a
-// CPU; change both.
+// The instructions behind numbers.cuh, and two kinds of loads. tests/emulator/cuda/convert.cuh is
+// the twin that runs on a CPU; change both.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "row.h"
 
 namespace dcpo {
 
@@ -24,6 +26,22 @@ __device__ __forceinline__ float2 widen_half2(uint32_t bits) {
   return x;
 }
 
+// Of two pairs of T; NaN is no maximum.
+template <class T>
+__device__ __forceinline__ uint32_t max_pairs(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t max_pairs<Float16>(uint32_t a, uint32_t b) {
+  uint32_t bits;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(bits) : "r"(a), "r"(b));
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t max_pairs<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t bits;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(bits) : "r"(a), "r"(b));
+  return bits;
+}
+
 __device__ __forceinline__ uint32_t narrow_half2(float lo, float hi) {
   uint32_t bits;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(hi), "f"(lo));
@@ -33,6 +51,26 @@ __device__ __forceinline__ uint32_t narrow_half2(float lo, float hi) {
 __device__ __forceinline__ uint32_t narrow_bfloat2(float lo, float hi) {
   uint32_t bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(hi), "f"(lo));
+  return bits;
+}
+
+// 16 bytes that this thread or its block reads again soon: they stay in L1 where it has room.
+__device__ __forceinline__ uint4 load_again(const uint4* from) {
+  uint4 bits;
+  asm volatile("ld.global.L1::evict_last.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return bits;
+}
+
+// 16 bytes that are read once.
+__device__ __forceinline__ uint4 load_once(const uint4* from) {
+  uint4 bits;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
   return bits;
 }
 

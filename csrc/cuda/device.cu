@@ -1,5 +1,6 @@
 // Device queries.
 #include "cuda/device.h"
+#include "cuda/rows.h"
 #include "cuda/runtime.h"
 
 namespace dcpo {
@@ -21,6 +22,20 @@ DeviceProperties device_properties(int device) {
           static_cast<std::size_t>(p.l2CacheSize),
           p.sharedMemPerBlockOptin,
           p.totalGlobalMem};
+}
+
+void load_kernels(int device) {
+  load_streaming();
+  load_resident(device);
+  load_multiply();
+  load_responses();
+}
+
+std::string why_not(int device) try {
+  DeviceGuard guard(device);
+  return "";
+} catch (const std::runtime_error& error) {  // no driver, no such device, not built for it
+  return error.what();
 }
 
 int driver_version() noexcept {

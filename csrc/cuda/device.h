@@ -19,8 +19,7 @@ struct DeviceProperties {
 int device_count() noexcept;  // 0 where there is no driver or no device
 DeviceProperties device_properties(int device);
 
-// Why the kernels of this build can't run on a device, in CUDA's words; empty if they can, and then
-// they are ready to be launched, in a stream that is being captured too.
+// Why the kernels of this build can't run on a device, in CUDA's words; empty if they can.
 std::string why_not(int device);
 
 // As CUDA counts, 13000 for 13.0. The runtime is the one linked in; the driver is 0 where there is

@@ -111,7 +111,7 @@ __device__ __forceinline__ float absorb_old(Running& s, float w, float scale) {
     if ((w - s.row_max) * scale >= 127.0f) s.sum_exp_z = 0.0f;
     rescale<true>(s, w, scale);
   }
-  return (w - (s.row_max == -INFINITY ? 0.0f : s.row_max)) * scale;
+  return s.y.of(w);
 }
 
 // KL(q || p) while the row of old logits is read: the mean of log q - log p under q. Or TV, once
@@ -129,7 +129,7 @@ __device__ float full_divergence(const FusedArgs& a, const T* x, const Sums& sum
     old.sums = block.total<true>(s.sums(), scale);
   } else {
     const T* row = static_cast<const T*>(old.data);
-    old.sums = block.total<false>(read_row<false>(row, a.vocab, scale), scale);
+    old.sums = block.total<false>(read_row<false, true>(row, a.vocab, scale), scale);
   }
   if (a.objective.divergence == kFullKl)
     return mean_of(old.sums) - log_sum_of(old.sums) + log_sum_of(sums);
@@ -153,9 +153,11 @@ __device__ void write_row_with_full(const FusedArgs& a, const T* x, T* dx, int64
   const bool tv = a.objective.divergence == kFullTv;
   const float coef = c.divergence_coef / c.temperature;
   const Pair pair(sums, old.sums, c.scale);
+  const Slope slope = slope_of<true>(c);
   for (int64_t j = threadIdx.x; j < a.vocab; j += blockDim.x) {
     const float logit = widen(x[j]), p = pair.p(logit), q = pair.q(old[j]);
-    const float own = j == target ? gradient_at<true>(c, logit, true) : gradient_of<true>(c, logit);
+    const float own =
+        j == target ? gradient_at<true>(c, logit, true) : gradient_of<true>(slope, logit);
     narrow(own + coef * (tv ? 0.5f * p * (sign(p - q) - old.drift) : p - q), dx[j]);
   }
 }

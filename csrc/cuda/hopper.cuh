@@ -1,10 +1,6 @@
-// The few primitives that Hopper (sm_90) added and fused_cluster.cu uses: bulk copies between
-// device and shared memory, mbarriers that count their bytes, and a cluster's shared memory.
+// The few primitives that Hopper (sm_90) added and fused_resident.cu uses: bulk loads into shared
+// memory, mbarriers that count their bytes, and a cluster's shared memory.
 // tests/emulator/cuda/hopper.cuh is the twin that runs on a CPU; change both.
-//
-// The copy engine reads and writes memory through the "async proxy". Shared memory that threads
-// wrote needs fence_async() in each of them, then a barrier, before a bulk copy reads it. A bulk
-// copy takes 16-byte aligned addresses and a multiple of 16 bytes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,12 +23,13 @@ __device__ __forceinline__ void init(uint64_t* barrier, uint32_t arrivals) {
                : "memory");
 }
 
-// After init, before the cluster's barrier: makes it visible to the copy engine and to peers.
+// After init, before cluster_arrive: makes it visible to the copy engine and to peers.
 __device__ __forceinline__ void fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Arrive, and wait for so many bytes more in this phase. Bytes may land before they are expected.
+// Arrive, and wait for so many bytes more in this phase, fewer than 2^20. Bytes may land before
+// they are expected.
 __device__ __forceinline__ void arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(
                    shared_address(barrier)),
@@ -40,13 +37,14 @@ __device__ __forceinline__ void arrive_expect(uint64_t* barrier, uint32_t bytes)
                : "memory");
 }
 
-// Until the phase of this parity (0, 1, 0, ...) has ended; what landed in it is then visible.
+// Until the phase of this parity (0, 1, 0, ...) has ended; what landed in it is then visible. An
+// acquire of the cluster's scope would empty L1 each time.
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
     asm volatile(
         "{\n\t.reg .pred ended;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n\t"
+        "mbarrier.try_wait.parity.shared::cta.b64 ended, [%1], %2;\n\t"
         "selp.u32 %0, 1, 0, ended;\n\t}"
         : "=r"(done)
         : "r"(shared_address(barrier)), "r"(parity)
@@ -54,8 +52,7 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-// ---- bulk copies, each issued by one thread -----------------------------------------------------
-
+// Issued by one thread, of 16-byte aligned addresses and a multiple of 16 bytes.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes,
                                           uint64_t* barrier) {
   asm volatile(
@@ -65,33 +62,13 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
       : "memory");
 }
 
-__device__ __forceinline__ void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
-                   __cvta_generic_to_global(global)),
-               "r"(shared_address(shared)), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void bulk_commit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until all but the last kPending groups of this thread's stores have read their shared memory.
-template <int kPending>
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
-// Until all of this thread's stores are done.
-__device__ __forceinline__ void bulk_wait_all() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
-__device__ __forceinline__ void fence_async() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 // ---- cluster ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_index() {
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
@@ -105,9 +82,12 @@ __device__ __forceinline__ uint32_t cluster_size() {
   return size;
 }
 
-// Every thread of every block of the cluster.
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+// Every thread of every block of the cluster. Nothing but fence_init is released by it: a release
+// would wait for the memory of the whole GPU.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 

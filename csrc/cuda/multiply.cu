@@ -2,7 +2,6 @@
 // nothing else is read where it is 1.
 #include <algorithm>
 
-#include "cuda/device.h"
 #include "cuda/rows.cuh"
 #include "cuda/rows.h"
 #include "cuda/runtime.h"
@@ -54,13 +53,8 @@ void cuda_multiply(const MultiplyArgs& args, int device, uintptr_t stream) {
   with_dtype(args.dtype, [&](auto t) { launch<decltype(t)>(args, device, stream); });
 }
 
-std::string why_not(int device) try {
-  DeviceGuard guard(device);
-  const std::string reason = why_not(multiply_kernel<float>);
-  if (reason.empty()) prepare_cluster(device);
-  return reason;
-} catch (const std::runtime_error& error) {  // no driver, no such device
-  return error.what();
+void load_multiply() {
+  each_dtype([](auto t) { load(multiply_kernel<decltype(t)>); });
 }
 
 }  // namespace dcpo

@@ -57,6 +57,35 @@ __device__ __forceinline__ void widen<Float16>(uint4 bits, float* x) {
   }
 }
 
+// The highest of two words, and in one. NaN is none. Two 16-bit logits are compared at once.
+template <class T>
+__device__ __forceinline__ uint32_t max_words(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(T) == 4)
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+  else
+    return max_pairs<T>(a, b);
+}
+template <class T>
+__device__ __forceinline__ float max_of_word(uint32_t word) {
+  if constexpr (sizeof(T) == 4)
+    return __uint_as_float(word);
+  else
+    return fmaxf(widen(T{static_cast<uint16_t>(word)}),
+                 widen(T{static_cast<uint16_t>(word >> 16)}));
+}
+
+// The highest of n times 16 bytes.
+template <class T, int n>
+__device__ __forceinline__ float max_of(const uint4 (&bits)[n]) {
+  uint32_t top =
+      max_words<T>(max_words<T>(bits[0].x, bits[0].y), max_words<T>(bits[0].z, bits[0].w));
+#pragma unroll
+  for (int i = 1; i < n; ++i)
+    top = max_words<T>(
+        top, max_words<T>(max_words<T>(bits[i].x, bits[i].y), max_words<T>(bits[i].z, bits[i].w)));
+  return max_of_word<T>(top);
+}
+
 template <class T>
 __device__ __forceinline__ uint4 narrow(const float* x);
 

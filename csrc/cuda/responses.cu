@@ -8,6 +8,7 @@
 // percent of the 40 GB that the row kernel moves for the same rows of 151,936 16-bit logits. decide
 // moves 25 to 41 bytes per row on all multiprocessors.
 #include "cuda/numbers.cuh"
+#include "cuda/rows.h"
 #include "cuda/runtime.h"
 #include "responses.h"
 
@@ -166,9 +167,16 @@ __global__ void __launch_bounds__(kTeam) decide_responses_kernel(const DecideArg
   float sum = 0.0f;
   for (int64_t row = r.begin + threadIdx.x; row < r.end; row += kTeam) sum += log_ratio_of(a, row);
   sum = sum_of_warps(sum, kTeam / 32, reinterpret_cast<float*>(shared));
-  const float log_ratio = mean(sum, r.length);
-  for (int64_t row = r.begin + threadIdx.x; row < r.last; row += kTeam)
-    decide_row(a, row, &log_ratio);
+  const float log_ratio = response_log_ratio(a.objective, sum, r.length);
+  float pull = 0.0f;
+  for (int64_t row = r.begin + threadIdx.x; row < r.last; row += kTeam) {
+    const float own = decide_row(a, row, &log_ratio);
+    if (row < r.end) pull += own;
+  }
+  if (!a.spread) return;
+  const float share =
+      mean(sum_of_warps(pull, kTeam / 32, reinterpret_cast<float*>(shared)), r.length);
+  for (int64_t row = r.begin + threadIdx.x; row < r.last; row += kTeam) spread_to(a, row, share);
 }
 
 // ---- finish -------------------------------------------------------------------------------------
@@ -205,6 +213,10 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishArgs a) {
 }
 
 }  // namespace
+
+void load_responses() {
+  load(token_weights_kernel, decide_kernel, decide_responses_kernel, finish_kernel);
+}
 
 void cuda_token_weights(const TokenWeightsArgs& args, int device, uintptr_t stream) {
   DeviceGuard guard(device);

@@ -36,42 +36,65 @@ struct Span {
 
 // ---- read ---------------------------------------------------------------------------------------
 
-// The sums of a thread while it reads, the maximum's 1 with them.
+constexpr float kLowest = -3.40282347e38f;  // finite
+
+// y = x log2(e) / T - m by a fused multiply-add, where m = max log2(e) / T, rounded. What rounding
+// took from m is missing in every y alike, in the maximum's own y too, and cancels: a row shifted
+// by 1e4 loses nothing. Where a float has no digits left for m, two logits that differ at all
+// differ by more than 64 in y; a power of two makes that so in place of log2(e) / T, exactly and
+// without an overflow. A maximum of -inf leaves every y at -inf.
+struct Exponent {
+  float scale = 1.0f, base = kLowest;  // y = x scale - base
+
+  __device__ __forceinline__ float of(float x) const { return fmaf(x, scale, -base); }
+};
+
+__device__ __forceinline__ Exponent exponent_of(float row_max, float scale) {
+  const float base = row_max * scale;
+  if (!(fabsf(base) > 2147483648.0f)) return {scale, base};  // 2^31; also for a NaN
+  const uint32_t exponent = __float_as_uint(row_max) & 0x7f800000u;
+  const float power = __uint_as_float(((127u + 127u + 30u) << 23) - exponent);
+  return {power, fmaxf(row_max * power, kLowest)};
+}
+
+// The sums of a thread while it reads, the maximum's own term with them.
 struct Running {
+  Exponent y;
   float row_max = -INFINITY;
   float sum_exp = 0.0f;
   float sum_exp_z = 0.0f;
 
-  __device__ __forceinline__ Sums sums() const { return {row_max, sum_exp - 1.0f, sum_exp_z}; }
+  // The maximum's own term is subtracted as it was added, whatever its y was rounded to.
+  __device__ __forceinline__ Sums sums() const {
+    if (row_max == -INFINITY) return {row_max, sum_exp - 1.0f, 0.0f};  // nothing, or NaN
+    const float own = y.of(row_max), factor = exp2_approx(-own);
+    return {row_max, (sum_exp - exp2_approx(own)) * factor, (sum_exp_z - own * sum_exp) * factor};
+  }
 };
 
 // Makes the sums relative to a maximum that is at least theirs. (fmaxf returns its other operand
-// for a NaN. Of an empty part the shift is -inf, held at -127: 2^-127 is 0 here, and 0 * -inf is
-// not.)
+// for a NaN. The shift is held at -127: 2^-127 is 0 here, and 0 * -inf is not.)
 template <bool kEntropy>
 __device__ __forceinline__ void rescale(Running& s, float max, float scale) {
-  const float base = max == -INFINITY ? 0.0f : max;
-  const float shift = fmaxf((s.row_max - base) * scale, -127.0f), factor = exp2_approx(shift);
+  const Exponent y = exponent_of(max, scale);
+  const float shift = y.scale == s.y.scale ? fmaxf(s.y.base - y.base, -127.0f) : -127.0f;
+  const float factor = exp2_approx(shift);
   if (kEntropy) s.sum_exp_z = factor * (s.sum_exp_z + s.sum_exp * shift);
   s.sum_exp *= factor;
   s.row_max = max;
+  s.y = y;
 }
 
-// Adds n logits: one maximum for all of them, then their exponentials (online softmax, arXiv
-// 1805.02867, a block at a time).
+// Adds n logits and their maximum: one maximum for all of them, then their exponentials (online
+// softmax, arXiv 1805.02867, a block at a time).
 template <bool kEntropy, int n>
-__device__ __forceinline__ void absorb(Running& s, const float (&x)[n], float scale) {
-  float max = s.row_max;
-#pragma unroll
-  for (int i = 0; i < n; ++i) max = fmaxf(max, x[i]);
-  rescale<kEntropy>(s, max, scale);
-  // A row that begins with -inf has no maximum yet: 0 serves.
-  const float base = max == -INFINITY ? 0.0f : max;
+__device__ __forceinline__ void absorb(Running& s, float max, const float (&x)[n], float scale) {
+  rescale<kEntropy>(s, fmaxf(s.row_max, max), scale);
   constexpr int kChains = n < 4 ? n : 4;  // short chains of dependent additions
   float sum_exp[kChains] = {}, sum_exp_z[kChains] = {};
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const float y = (x[i] - base) * scale;
+    const float y = s.y.of(x[i]);
     const float e = exp2_approx(y);
     sum_exp[i % kChains] += e;
     if (kEntropy) sum_exp_z[i % kChains] += e * fmaxf(y, -127.0f);  // 0 * -inf is NaN
@@ -84,6 +107,17 @@ __device__ __forceinline__ void absorb(Running& s, const float (&x)[n], float sc
   s.sum_exp += sum_exp[0];
   if (kEntropy) s.sum_exp_z += sum_exp_z[0];
 }
+
+// Adds n times 16 bytes.
+template <bool kEntropy, class T, int n>
+__device__ __forceinline__ void absorb(Running& s, const uint4 (&bits)[n], float scale) {
+  float x[n * kPack<T>];
+#pragma unroll
+  for (int i = 0; i < n; ++i) widen<T>(bits[i], x + i * kPack<T>);
+  absorb<kEntropy>(s, max_of<T>(bits), x, scale);
+}
+
+__device__ __forceinline__ Sums sums_of(float4 part) { return {part.x, part.y, part.z}; }
 
 // Two parts of a row in one, relative to the higher maximum. A part far below it counts for
 // nothing, and may hold anything: in full_kl an infinite sum, of masked logits alone.
@@ -129,20 +163,34 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 // ---- write --------------------------------------------------------------------------------------
 
+// What is left of RowGradient for a logit: dx = 2^y (b + a y), y as in the read. All that the
+// logits of a row have in common is in a and b.
+struct Slope {
+  Exponent y;
+  float a, b;
+};
+
 template <bool kEntropy>
-__device__ __forceinline__ float gradient_of(const RowGradient& c, float x) {
-  const float y = (x - c.row_max) * c.scale - c.offset;
-  if (!kEntropy) return exp2_approx(y) * c.b;
-  return exp2_approx(y) * (c.b + c.a * fmaxf(y, -127.0f));
+__device__ __forceinline__ Slope slope_of(const RowGradient& c) {
+  const Exponent y = exponent_of(c.row_max, c.scale);
+  const float shift = y.of(c.row_max) + c.offset;  // log2 p = y - shift
+  const float factor = exp2_approx(-shift);
+  return {y, kEntropy ? c.a * factor : 0.0f, (kEntropy ? c.b - c.a * shift : c.b) * factor};
+}
+
+template <bool kEntropy>
+__device__ __forceinline__ float gradient_of(const Slope& s, float x) {
+  const float y = s.y.of(x);
+  return exp2_approx(y) * (kEntropy ? fmaf(s.a, fmaxf(y, -127.0f), s.b) : s.b);
 }
 
 // Of 16 bytes of logits.
 template <bool kEntropy, class T>
-__device__ __forceinline__ uint4 gradient_of(const RowGradient& c, uint4 bits) {
+__device__ __forceinline__ uint4 gradient_of(const Slope& s, uint4 bits) {
   float x[kPack<T>];
   widen<T>(bits, x);
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) x[i] = gradient_of<kEntropy>(c, x[i]);
+  for (int i = 0; i < kPack<T>; ++i) x[i] = gradient_of<kEntropy>(s, x[i]);
   return narrow<T>(x);
 }
 

@@ -6,13 +6,12 @@
 #include <cstdint>
 
 #include "args.h"
+#include "cuda/plan.h"
 
 namespace dcpo {
 
-// How `fused` runs: a cluster of this many blocks holds a row, or 0: two sweeps over a row
-// (streaming.cu). kByTable leaves it to plan.h.
-constexpr int kByTable = -1;
-
+// cluster: so many blocks hold a row, or 0: two sweeps over a row (streaming.cu); kByTable leaves
+// it to plan.h.
 void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster);
 void cuda_stats(const StatsArgs& args, int device, uintptr_t stream);
 void cuda_gradient(const GradientArgs& args, int device, uintptr_t stream);
@@ -20,14 +19,17 @@ void cuda_gradient(const GradientArgs& args, int device, uintptr_t stream);
 // By 1: nothing is read.
 void cuda_multiply(const MultiplyArgs& args, int device, uintptr_t stream);
 
-// Parts of cuda_fused. A plan says how many blocks hold a row; `launch_cluster` takes one that
-// fits.
-struct Plan;
-Plan cuda_plan(const FusedArgs& args, int device, int cluster);
-void launch_cluster(const FusedArgs& args, const Plan& plan, int device, uintptr_t stream);
+// Parts of cuda_fused: how rows on 16 bytes are held, whether the device has room for that, and the
+// two ways to run.
+Plan cuda_plan(int64_t row_bytes, int device, int cluster);
+bool resident_fits(const Plan& plan, int device);
+void launch_resident(const FusedArgs& args, const Plan& plan, uintptr_t stream);
 void launch_streaming(const FusedArgs& args, int device, uintptr_t stream);
 
-// Loads the cluster kernels and sets their attributes, so that a first launch may be captured.
-void prepare_cluster(int device);
+// Each file loads its kernels: load_kernels in device.h.
+void load_streaming();
+void load_resident(int device);
+void load_multiply();
+void load_responses();
 
 }  // namespace dcpo

@@ -20,12 +20,36 @@ inline void check(cudaError_t status, const std::string& what) {
   throw std::runtime_error(what + ": " + cudaGetErrorString(status));
 }
 
-// Makes a device current for a scope. The caller's is put back, because torch relies on it.
+// What `make` returns for a device, a kernel and a variant of it, made once: asking the runtime
+// takes longer than a launch, and a stream that is being captured need not be asked at all.
+template <class Value>
+class PerDevice {
+ public:
+  template <class Make>
+  Value get(int device, const void* kernel, int variant, Make&& make) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto key = std::make_tuple(device, kernel, variant);
+    const auto found = values_.find(key);
+    if (found != values_.end()) return found->second;
+    return values_[key] = make();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::tuple<int, const void*, int>, Value> values_;
+};
+
+// Loads every kernel on the current device, which is `device`. CUDA would do it at a kernel's first
+// launch, which may be in a stream that is being captured.
+void load_kernels(int device);
+
+// Makes a device current for a scope, with its kernels loaded. The caller's is put back, because
+// torch relies on it, also where loading throws.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) : device_(device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+  explicit DeviceGuard(int device) : DeviceGuard(device, 0) {
+    static PerDevice<bool> loaded;
+    loaded.get(device, nullptr, 0, [device] { return load_kernels(device), true; });
   }
   ~DeviceGuard() {
     if (previous_ != device_) cudaSetDevice(previous_);
@@ -34,6 +58,11 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  DeviceGuard(int device, int) : device_(device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (previous_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+  }
+
   int previous_ = 0;
   int device_;
 };
@@ -104,43 +133,25 @@ int blocks_per_multiprocessor(void (*kernel)(P...), int threads, size_t shared_b
   return count;
 }
 
-// What keeps a kernel from the current device; empty: nothing.
-template <class... P>
-std::string why_not(void (*kernel)(P...)) {
+// Kernels, on the current device.
+template <class... Kernels>
+void load(Kernels... kernels) {
   cudaFuncAttributes attributes;
-  const cudaError_t status =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
-  if (status == cudaSuccess) return "";
-  cudaGetLastError();
-  return cudaGetErrorString(status);
+  (check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernels)),
+         "loading a kernel"),
+   ...);
 }
 
-// Lets a kernel ask for as much shared memory as the device has for a block.
+// Lets a kernel ask for as much shared memory as the device has for a block. It has no use for L1.
 template <class... P>
 void allow_shared(void (*kernel)(P...), int device) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(limits(device).shared_bytes)),
         "cudaFuncSetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "cudaFuncSetAttribute");
 }
-
-// What `make` returns for a device, a kernel and a variant of it, made once: asking the runtime
-// takes longer than a launch, and a stream that is being captured need not be asked at all.
-template <class Value>
-class PerDevice {
- public:
-  template <class Make>
-  Value get(int device, const void* kernel, int variant, Make&& make) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto key = std::make_tuple(device, kernel, variant);
-    const auto found = values_.find(key);
-    if (found != values_.end()) return found->second;
-    return values_[key] = make();
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<std::tuple<int, const void*, int>, Value> values_;
-};
 
 }  // namespace dcpo
 

@@ -1,9 +1,9 @@
-// fused for sm_80 and later, and for what the cluster kernel does not take: rows that don't fit or
+// fused for sm_80 and later, and for what fused_resident does not take: rows that don't fit or
 // don't lie on 16 bytes, divergences over more than the sampled token, no gradient. Also the two
 // halves alone: row_stats (read) and row_gradient (write).
 //
 // A block reads a row from device memory, decides, and reads it again, last part first, from the
-// second-level cache while it writes the gradient. Probabilities are never materialized.
+// caches while it writes the gradient. Probabilities are never materialized.
 #include <algorithm>
 
 #include "cuda/divergence.cuh"
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) fused_streaming(const FusedArg
     const float scale = kLog2E / temperature_of(a, row);
     // Before the barrier of the total: after it the row may be overwritten.
     const float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
-    const Sums sums = block.total<kEntropy>(read_row<kEntropy>(x, vocab, scale), scale);
+    const Sums sums = block.total<kEntropy>(read_row<kEntropy, true>(x, vocab, scale), scale);
     const RowGradient c =
         decide_row<kEntropy>(a, row, in, sums, target_logit, 0.0f, threadIdx.x == 0);
     if (dx) write_row<kEntropy>(x, dx, vocab, in.target, c, 0, Span<T>(x, vocab).packs, true);
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kDivergenceThreads, 1) fused_divergence(const 
     const RowInputs in = load_inputs(a, row);
     const float scale = kLog2E / temperature_of(a, row);
     float target_logit = in_vocabulary(in.target, vocab) ? widen(x[in.target]) : NAN;
-    const Sums sums = block.total<true>(read_row<true>(x, vocab, scale), scale);
+    const Sums sums = block.total<true>(read_row<true, true>(x, vocab, scale), scale);
     OldRow old = old_row_of(a, row);
     Listed listed;
     float divergence;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kReadThreads, 4) row_stats(const StatsArgs a) 
       const T* x = row_of<const T>(a.logits, row);
       const int64_t target = a.target_ids[row * a.k];
       const float target_logit = in_vocabulary(target, vocab) ? widen(x[target]) : NAN;
-      const Sums sums = block.total<kEntropy>(read_row<kEntropy>(x, vocab, scale), scale);
+      const Sums sums = block.total<kEntropy>(read_row<kEntropy, false>(x, vocab, scale), scale);
       logprob = logprob_of(sums, target_logit, temperature);
       entropy = kEntropy ? entropy_of(sums) : 0.0f;
       row_max = sums.row_max;
@@ -227,27 +227,35 @@ void launch_streaming(const FusedArgs& args, int device, uintptr_t stream) {
   with_dtype(args.dtype, [&](auto t) { fused_with<decltype(t)>(args, device, stream); });
 }
 
-Plan cuda_plan(const FusedArgs& args, int device, int cluster) {
-  const int64_t size = size_of(args.dtype);
-  auto on_16_bytes = [size](const View& view) {
-    return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.row_stride * size % 16 == 0 &&
-           view.batch_stride * size % 16 == 0;
-  };
-  if (cluster == 0 || !args.gradient.data || args.topk_ids || args.old_logits.data ||
-      args.vocab * size % 16 != 0 || !on_16_bytes(args.logits) || !on_16_bytes(args.gradient))
-    return {};
+void load_streaming() {
+  each_dtype([](auto t) {
+    using T = decltype(t);
+    load(fused_streaming<T, false>, fused_streaming<T, true>, fused_divergence<T>,
+         row_stats<T, false>, row_stats<T, true>, row_gradient<T, false>, row_gradient<T, true>);
+  });
+}
+
+Plan cuda_plan(int64_t row_bytes, int device, int cluster) {
   static PerDevice<Limits> cache;
   const Limits gpu = cache.get(device, nullptr, 0, [device] { return limits(device); });
-  return cluster == kByTable ? choose_plan(args.vocab * size, gpu.major, gpu.shared_bytes)
-                             : cluster_plan(args.vocab * size, cluster, gpu.shared_bytes);
+  const Plan plan = choose_plan(row_bytes, gpu.major, gpu.shared_bytes, cluster);
+  return plan.cluster > 0 && resident_fits(plan, device) ? plan : Plan{};
 }
 
 void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster) {
   if (args.rows == 0 || args.vocab == 0) return;
   DeviceGuard guard(device);
-  const Plan plan = cuda_plan(args, device, cluster);
+  const int64_t size = size_of(args.dtype);
+  auto on_16_bytes = [size](const View& view) {
+    return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.row_stride * size % 16 == 0 &&
+           view.batch_stride * size % 16 == 0;
+  };
+  Plan plan;
+  if (args.gradient.data && !args.topk_ids && !args.old_logits.data &&
+      args.vocab * size % 16 == 0 && on_16_bytes(args.logits) && on_16_bytes(args.gradient))
+    plan = cuda_plan(args.vocab * size, device, cluster);
   if (plan.cluster > 0)
-    launch_cluster(args, plan, device, stream);
+    launch_resident(args, plan, stream);
   else
     launch_streaming(args, device, stream);
 }

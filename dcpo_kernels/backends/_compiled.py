@@ -38,7 +38,14 @@ if TYPE_CHECKING:
 def _load() -> Any:
     """The module, if it knows the codes by the same names."""
     module = importlib.import_module("dcpo_kernels._C")
-    for names in ("SURROGATES", "DIVERGENCES", "CLIPPED", "AGGREGATIONS"):
+    for names in (
+        "SURROGATES",
+        "DIVERGENCES",
+        "KL_ESTIMATORS",
+        "ROLLOUT_MODES",
+        "CLIPPED",
+        "AGGREGATIONS",
+    ):
         found, wanted = getattr(module, names, None), getattr(objective, names)
         if found != wanted:
             raise ImportError(f"it is of another version: its {names} are {found}, not {wanted}")

@@ -11,10 +11,6 @@ from torch import Tensor
 from dcpo_kernels.backends import _compiled
 from dcpo_kernels.backends._compiled import C
 
-# How many blocks hold a row of `fused`: -1 as the table in csrc/cuda/plan.h says, 0 the streaming
-# kernel. For tests and for measuring the table.
-cluster = -1
-
 
 def unavailable(device: str = "cuda") -> str:
     if C is None:
@@ -36,8 +32,21 @@ def _where(x: Tensor) -> dict[str, int]:
     return {"device": index, "stream": torch._C._cuda_getCurrentRawStream(index)}
 
 
-def fused(logits: Tensor, *records: Any) -> None:
-    C.cuda_fused(**_compiled.fused_arguments(logits, *records), **_where(logits), cluster=cluster)
+BY_TABLE = -1  # csrc/cuda/plan.h
+
+
+def fused(logits: Tensor, *records: Any, cluster: int = BY_TABLE) -> None:
+    """cluster: so many blocks hold a row; 0: it is streamed."""
+    arguments = _compiled.fused_arguments(logits, *records)
+    C.cuda_fused(**arguments, **_where(logits), cluster=cluster)
+
+
+def plan(vocab: int, itemsize: int, device: int, cluster: int = BY_TABLE) -> str:
+    """What `fused` with a gradient does with rows that lie on 16 bytes."""
+    if vocab * itemsize % 16:
+        return "streams rows that can't all begin on 16 bytes"
+    blocks = C.cuda_plan(vocab * itemsize, device, cluster)["cluster"]
+    return f"holds a row in {blocks} blocks" if blocks else "streams rows"
 
 
 def row_stats(logits: Tensor, *records: Any) -> None:

@@ -14,13 +14,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels.decide import FULL_KL, FULL_TV, TOPK_KL, TOPK_TV
+from dcpo_kernels.decide import (
+    FULL_KL,
+    FULL_TV,
+    GAMMA,
+    GEOMETRIC_CLIP,
+    TOPK_KL,
+    TOPK_TV,
+    log_ratio_part,
+    rollout_weight,
+)
 from dcpo_kernels.decide import decide as decide_tokens
 from dcpo_kernels.objective import (
     AGGREGATIONS,
     CLIP_CAP,
     CLIP_HIGH,
     CLIP_LOW,
+    CLIP_NONE,
     CLIP_REGION,
     MIN_REST,
     Numbers,
@@ -181,7 +191,7 @@ def fused(
             tokens.advantages,
             entropy=_weighted(stats.entropy, tokens.entropy_weights),
             ref_logprobs=tokens.ref_logprobs,
-            importance_weights=tokens.importance_weights,
+            importance_weights=_importance(numbers, tokens, old),
             log_ratio=tokens.log_ratio,
             divergence=divergence(
                 numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
@@ -195,6 +205,15 @@ def fused(
     for result, values in zip(results, found, strict=True):
         if result.numel():
             result.copy_(_counted(values.detach(), read, 1 if values is decision.ratio else 0))
+
+
+def _importance(numbers: Numbers, tokens: records.Tokens, old: Tensor) -> Tensor | None:
+    """What multiplies the policy term; old: the old log-probabilities, or the policy's own."""
+    weights = tokens.importance_weights
+    if tokens.rollout_logprobs is None:
+        return weights
+    of_rollout = rollout_weight(numbers, old - tokens.rollout_logprobs)
+    return of_rollout if weights is None else weights * of_rollout
 
 
 def _weighted(entropy: Any, entropy_weights: Tensor | None) -> Any:
@@ -326,13 +345,19 @@ def decide(
     tokens = _read_tokens(tokens, live, dtype)
     old = logprobs if tokens.old_logprobs is None else tokens.old_logprobs
     log_ratio = tokens.log_ratio
+    count = groups.lengths.numel()
+    rows = torch.arange(live.numel(), device=live.device)
+    index = torch.searchsorted(groups.offsets[1:], rows, right=True).clamp(max=max(count - 1, 0))
     if groups.by_response:
         # GSPO eq. 7: s = exp(1/n sum_t (logp_t - old_t))
-        log_ratio = _response_means(logprobs - old, groups.offsets, groups.lengths)
-        rows = torch.arange(live.numel(), device=live.device)
-        index = torch.searchsorted(groups.offsets[1:], rows, right=True)
-        log_ratio = log_ratio if len(log_ratio) else log_ratio.new_zeros(1)  # rows of no response
-        log_ratio = log_ratio[index.clamp(max=len(log_ratio) - 1)]
+        importance = _importance(numbers, tokens, old)
+        importance = torch.ones_like(logprobs) if importance is None else importance
+        parts = log_ratio_part(numbers, logprobs, old, tokens.advantages, importance)
+        parts = torch.where(live.view(-1), parts, 0.0)
+        log_ratio = _response_means(parts, groups.offsets, groups.lengths)
+        if numbers.surrogate == GAMMA:
+            log_ratio = log_ratio * groups.lengths.clamp(min=1)
+        log_ratio = log_ratio[index] if count else torch.zeros_like(logprobs)  # of no response
     decision = decide_tokens(
         numbers,
         logprobs,
@@ -340,7 +365,7 @@ def decide(
         tokens.advantages,
         entropy=_weighted(entropy, tokens.entropy_weights),
         ref_logprobs=tokens.ref_logprobs,
-        importance_weights=tokens.importance_weights,
+        importance_weights=_importance(numbers, tokens, old),
         log_ratio=log_ratio,
     )
     for result, values in zip(
@@ -348,7 +373,15 @@ def decide(
     ):
         result.copy_(_counted(values, live, 1 if values is decision.ratio else 0))
     weights = tokens.weights.view(live.shape)
-    coefficients.g.copy_(_counted(decision.g, live) * weights)
+    g = _counted(decision.g, live) * weights
+    if groups.spread:
+        pull = _counted(decision.through_ratio, live) * weights
+        share = _response_means(pull.reshape(-1), groups.offsets, groups.lengths)
+        share = share[index] if count else torch.zeros_like(logprobs)
+        shares = (decision.clipped == CLIP_NONE) | (numbers.surrogate != GEOMETRIC_CLIP)
+        shares = shares.view(live.shape) & live
+        g = g + torch.where(shares, share.view(live.shape) - pull, 0.0)
+    coefficients.g.copy_(g)
     if coefficients.h.numel():
         h = -numbers.entropy_coef * weights
         if tokens.entropy_weights is not None:

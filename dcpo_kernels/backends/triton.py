@@ -167,6 +167,21 @@ def _run(
         _compiled[key] = compiled, len(compiled.src.signature)
 
 
+def _constants(numbers: Numbers) -> tuple[tuple[Any, ...], tuple[float, ...]]:
+    """What a kernel is compiled for, and the numbers that it is given."""
+    surrogate, divergence, kl_estimator, old_kl_estimator, rollout_mode, *values = numbers
+    constants = (
+        surrogate,
+        divergence,
+        kl_estimator if numbers.kl_coef != 0 else None,
+        old_kl_estimator if numbers.old_kl_coef != 0 else None,
+        numbers.entropy_coef != 0,
+        numbers.penalty_coef != 0,
+        rollout_mode,
+    )
+    return constants, tuple(values)
+
+
 def fused(
     logits: Tensor,
     gradient: Tensor | None,  # like logits, or logits itself; None: read and decide only
@@ -177,7 +192,7 @@ def fused(
     results: records.Results,
     threads: int = 0,  # of a program; 0: as launch_shape chooses
 ) -> None:
-    surrogate, divergence, *values = numbers
+    constants, values = _constants(numbers)
     results = results._replace(entropy=_filled(results.entropy))
     dx, old = logits if gradient is None else gradient, rows.old_logits
     (strides, aligned), (dx_strides, dx_aligned) = _layout(logits), _layout(dx)
@@ -205,11 +220,7 @@ def fused(
             options.temperature,
             *values,
         ),
-        surrogate,
-        divergence,
-        numbers.kl_coef != 0,
-        numbers.entropy_coef != 0,
-        numbers.penalty_coef != 0,
+        *constants,
         aligned=(aligned, dx_aligned, old_aligned),
         registers=registers,
         threads=threads,
@@ -355,7 +366,7 @@ def decide(
     coefficients: records.Coefficients,
 ) -> None:
     rows, count = read.logprobs.numel(), groups.lengths.numel()
-    surrogate, divergence, *values = numbers
+    constants, values = _constants(numbers)
     by_rows = -(-rows // _SMALL["decide"][0])
     _launch_small(
         "decide",
@@ -373,12 +384,9 @@ def decide(
             count,
             *values,
         ),
-        surrogate,
-        divergence,
-        numbers.kl_coef != 0,
-        numbers.entropy_coef != 0,
-        numbers.penalty_coef != 0,
+        *constants,
         groups.by_response,
+        groups.spread,
     )
 
 

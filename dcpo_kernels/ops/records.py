@@ -32,6 +32,7 @@ class Tokens(NamedTuple):
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
     log_ratio: Tensor | None = None  # that the ratio is taken from; None: logp - old_logp
+    rollout_logprobs: Tensor | None = None  # by the engine that sampled; None: rollout_mode is too
     entropy_weights: Tensor | None = None  # of the entropy term, times the weight; None: 1
 
 
@@ -124,6 +125,7 @@ class RatioGroups(NamedTuple):
     """Which rows have one ratio."""
 
     by_response: bool  # exp of the mean log-ratio over the response's tokens (GSPO), else per token
+    spread: bool  # what pulls at that ratio pulls at all of these tokens alike; only by_response
     offsets: Tensor  # [R + 1] int64, as token_weights makes them
     lengths: Tensor  # [R] int64
 

@@ -1,4 +1,4 @@
-// The scheduler behind emu/cuda.h.
+// The scheduler behind cuda_runtime.h.
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -84,7 +84,6 @@ void run_cluster(std::vector<Thread>& threads, const std::function<void()>& kern
       self_ = &threads[i];
       random_ = {mixed(settings().seed * 1000003 + i)};
       kernel();
-      hopper::finish_thread();
     });
   }
   for (std::thread& thread : running) thread.join();
@@ -189,7 +188,6 @@ extern "C" void dcpo_emu_enter() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
 #endif
   (*running_kernel)();
-  hopper::finish_thread();
   current->done = true;
   ++progress;
   to_scheduler();

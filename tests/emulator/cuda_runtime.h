@@ -53,11 +53,6 @@ inline uint32_t __float_as_uint(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-inline int __ffs(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)); }
-template <class T>
-T __ldcg(const T* p) {
-  return *p;
-}
 template <class T>
 T __ldcs(const T* p) {
   return *p;
@@ -112,7 +107,6 @@ class Barrier {
 struct Warp {
   Barrier barrier;
   std::atomic<uint32_t> lanes[2][32];  // what shuffles and votes exchange, in turn
-  std::atomic<int> fences[32];         // fence_async() less the groups of bulk stores so far
 };
 
 struct Block {
@@ -127,22 +121,15 @@ struct Cluster {
   std::vector<Block> blocks;
 };
 
-// A copy whose time has not come.
-struct Copy {
-  void* to;
-  const void* from;
-  uint32_t bytes;
-};
-
 struct Thread {
   Dim thread_index, block_index;
   Cluster* cluster = nullptr;
   Block* block = nullptr;
   Warp* warp = nullptr;
   int lane = 0;
-  unsigned turn = 0;                      // of the warp's exchanges
-  std::vector<std::vector<Copy>> stores;  // groups of bulk stores that have not read their source
-  std::vector<Copy> uncommitted;
+  unsigned turn = 0;      // of the warp's exchanges
+  unsigned arrived = 0;   // at the cluster's barrier
+  bool unfenced = false;  // has made mbarriers since its last fence
 };
 
 Thread& self();
@@ -177,12 +164,7 @@ auto exchange(uint32_t bits, Use&& use) {
 #define gridDim (emu::grid_dim())
 #define DCPO_SHARED(name) unsigned char* name = emu::self().block->shared
 
-// A test leaves a barrier out, to see that it would be missed.
-#if defined(DCPO_EMU_WITHOUT_SYNCWARP)
-inline void __syncwarp() {}
-#else
-inline void __syncwarp() { emu::self().warp->barrier.arrive_and_wait(true, "__syncwarp"); }
-#endif
+// A test leaves it out, to see that it would be missed.
 #if defined(DCPO_EMU_WITHOUT_SYNCTHREADS)
 inline void __syncthreads() {}
 #else
@@ -198,11 +180,4 @@ inline float __shfl_xor_sync(unsigned mask, float x, int step) {
 }
 inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t x, int step) {
   return __float_as_uint(__shfl_xor_sync(mask, __uint_as_float(x), step));
-}
-inline uint32_t __ballot_sync(unsigned, bool vote) {
-  return emu::exchange(vote, [](auto& all) {
-    uint32_t ballot = 0;
-    for (int i = 0; i < 32; ++i) ballot |= all[i].load(std::memory_order_relaxed) << i;
-    return ballot;
-  });
 }

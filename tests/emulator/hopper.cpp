@@ -1,4 +1,4 @@
-// The copy engine behind emu/hopper.h.
+// The copy engine behind cuda/hopper.cuh.
 #include "cuda/hopper.cuh"
 
 #include <map>
@@ -58,6 +58,8 @@ uint64_t pack(State s) {
   return bits;
 }
 
+constexpr int64_t kMostBytes = (1 << 20) - 1;  // that a phase may wait for
+
 void update(uint64_t* barrier, int arrivals, int64_t bytes) {
   uint64_t old = __atomic_load_n(barrier, __ATOMIC_RELAXED), wanted;
   do {
@@ -66,6 +68,7 @@ void update(uint64_t* barrier, int arrivals, int64_t bytes) {
       emu::fail("more threads arrive at an mbarrier than it was made for, or it was never made");
     s.pending -= arrivals;
     s.bytes += bytes;
+    if (s.bytes > kMostBytes) emu::fail("more bytes are expected than an mbarrier can count");
     if (s.pending == 0 && s.bytes == 0) {
       s.phase ^= 1;
       s.pending = s.arrivals;
@@ -123,7 +126,10 @@ void init(uint64_t* barrier, uint32_t arrivals) {
   State s{};
   s.pending = s.arrivals = arrivals;
   *barrier = pack(s);
+  emu::self().unfenced = true;
 }
+
+void fence_init() { emu::self().unfenced = false; }
 
 void arrive_expect(uint64_t* barrier, uint32_t bytes) { update(barrier, 1, bytes); }
 
@@ -145,35 +151,15 @@ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barri
   issue({shared, global, {}, bytes}, barrier);
 }
 
-void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  check_copy(global, shared, bytes);
+void cluster_arrive() {
   emu::Thread& t = emu::self();
-  for (const std::atomic<int>& fences : t.warp->fences)
-    if (fences == 0) emu::fail("a bulk store of memory that a lane has not fenced");
-  if (emu::coin())
-    std::memcpy(global, shared, bytes);
-  else
-    t.uncommitted.push_back({global, shared, bytes});
+  if (t.unfenced) emu::fail("mbarriers that were not fenced are announced to the cluster");
+  t.arrived = t.cluster->barrier.arrive(true);
 }
 
-void bulk_commit() {
+void cluster_wait() {
   emu::Thread& t = emu::self();
-  for (std::atomic<int>& fences : t.warp->fences) --fences;
-  t.stores.push_back(std::move(t.uncommitted));
-  t.uncommitted.clear();
-}
-
-void bulk_wait(int pending) {
-  auto& groups = emu::self().stores;
-  while (static_cast<int>(groups.size()) > pending) {
-    for (const emu::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
-    groups.erase(groups.begin());
-  }
-}
-
-void fence_async() {
-  emu::Thread& t = emu::self();
-  ++t.warp->fences[t.lane];
+  t.cluster->barrier.wait(t.arrived, true, "the cluster's barrier");
 }
 
 void send(float4* slot, float4 value, uint64_t* barrier, uint32_t rank) {
@@ -191,11 +177,6 @@ void send(float4* slot, float4 value, uint64_t* barrier, uint32_t rank) {
 namespace emu::hopper {
 
 void start_cluster() { in_flight.clear(); }
-
-void finish_thread() {
-  if (!self().stores.empty() || !self().uncommitted.empty())
-    fail("a thread ends while its bulk stores are under way");
-}
 
 void finish_cluster() {
   for (const auto& [barrier, copies] : in_flight)

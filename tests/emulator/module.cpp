@@ -13,6 +13,7 @@ DeviceProperties device_properties(int) {
 }
 int driver_version() noexcept { return 0; }
 int runtime_version() noexcept { return 0; }
+std::string why_not(int) { return ""; }
 
 }  // namespace dcpo
 

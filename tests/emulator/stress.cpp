@@ -133,13 +133,13 @@ void close(const char* what, const std::vector<float>& found, const std::vector<
   for (size_t i = 0; i < found.size(); ++i) close(what, i, -1, found[i], wanted[i], 2e-5f, 2e-5f);
 }
 
-const char* const kKinds[] = {"cluster", "streaming", "stats", "gradient", "multiply"};
+const char* const kKinds[] = {"resident", "streaming", "stats", "gradient", "multiply"};
 
 void run(const std::string& kind, bool small) {
   const DType dtype = static_cast<DType>(pick(0, 2));
   const int64_t pack = 16 / static_cast<int64_t>(size_of(dtype));
   const int64_t rows = small ? pick(1, 3) : pick(1, 9);
-  const bool cluster_kernel = kind == "cluster";
+  const bool resident = kind == "resident";
 
   int64_t vocab, front = 0, gap = 0;
   emu::Settings& gpu = emu::settings();
@@ -147,15 +147,12 @@ void run(const std::string& kind, bool small) {
   gpu.seed = draw();
   gpu.multiprocessors = static_cast<int>(pick(1, 9));
   int cluster = 0;
-  if (cluster_kernel) {
-    const int sizes[] = {1, 2, 3, 4, 5, 8};
+  if (resident) {
+    const int sizes[] = {1, 2, 4, 8};
     cluster = small ? static_cast<int>(pick(1, 2)) : pick(sizes);
-    if (gpu.multiprocessors < cluster) gpu.multiprocessors = cluster;
-    // Rounds from the fewest to the most that the stages allow, stages from 4 to 14.
-    const int stages = static_cast<int>(pick(4, small ? 5 : 14));
-    gpu.shared_bytes = cluster_shared_bytes(stages, cluster);
-    const int64_t rounds = pick(2, stages - 2), block = kClusterWarps * kChunkBytes;
-    vocab = pick((rounds - 1) * cluster * block / 16 + 1, rounds * cluster * block / 16) * pack;
+    const int64_t packs[] = {1, 8, 130, 1100, 9000};
+    vocab = pick(1, small ? 300 : pick(packs)) * pack;
+    gpu.shared_bytes = resident_plan(vocab * size_of(dtype), cluster).shared_bytes;
     gap = pick(0, 2) * pack;
   } else {
     const int64_t sizes[] = {1, 5, 31, 37, 1003, 4099, 8192, 33000};
@@ -176,8 +173,8 @@ void run(const std::string& kind, bool small) {
   }
   const bool in_place = pick(0, 1) == 1;
   // Out of place, the gradient's rows lie on other boundaries than the logits'.
-  const int64_t other_front = cluster_kernel ? 0 : pick(0, 9);
-  const int64_t other_gap = cluster_kernel ? pick(0, 2) * pack : pick(0, 9);
+  const int64_t other_front = resident ? 0 : pick(0, 9);
+  const int64_t other_gap = resident ? pick(0, 2) * pack : pick(0, 9);
   Rows found_gradient = in_place ? Rows(logits) : Rows(dtype, rows, vocab, other_front, other_gap);
   Rows wanted_gradient(found_gradient);
   Rows wanted_logits(logits);
@@ -318,8 +315,14 @@ void run(const std::string& kind, bool small) {
   o.ratio_cap = 3.0f;
   o.limit_low = o.limit_high = 0.1f;
   o.kl_coef = pick(0, 1) * 0.1f;
+  o.old_kl_coef = pick(0, 1) * 0.1f;
+  o.kl_estimator = static_cast<int>(pick(0, std::size(kKlEstimators) - 1));
+  o.old_kl_estimator = static_cast<int>(pick(0, std::size(kKlEstimators) - 1));
   o.entropy_coef = pick(0, 1) * 0.1f;
-  if (o.surrogate == kReinforce) o.divergence = static_cast<int>(pick(0, cluster_kernel ? 2 : 6));
+  o.floor_low = pick(0, 1) * 0.5f;
+  o.floor_high = pick(0, 1) * 3.0f;
+  if (o.surrogate == kReinforce || o.surrogate == kRatioMask)
+    o.divergence = static_cast<int>(pick(0, resident ? 2 : 6));
   // A penalty on TV has a gradient of either sign where p and q are as good as equal.
   if (o.divergence == kBinaryKl || o.divergence == kTopkKl || o.divergence == kFullKl)
     o.penalty_coef = pick(0, 1) * 0.5f;
@@ -331,7 +334,7 @@ void run(const std::string& kind, bool small) {
     for (int64_t j = 0; j < vocab; ++j)
       put(old_dtype, old_logits.at(i, j), get(dtype, logits.at(i, j)) + 0.1f * normal());
   const bool with_entropy = o.entropy_coef != 0 || pick(0, 1);
-  const bool with_old = pick(0, 3) != 0, with_gradient = cluster_kernel || pick(0, 3) != 0;
+  const bool with_old = pick(0, 3) != 0, with_gradient = resident || pick(0, 3) != 0;
   const bool with_importance = pick(0, 1);
   auto fused = [&](Results& r, const Rows& x, const Rows& dx) {
     FusedArgs a{};
@@ -358,8 +361,8 @@ void run(const std::string& kind, bool small) {
   const FusedArgs reference = fused(wanted, wanted_logits, wanted_gradient);
   for (int64_t i = 0; i < rows; ++i) kRowKernelsPortable.fused(reference, i);
   const FusedArgs args = fused(found, logits, found_gradient);
-  if (cluster_kernel && cuda_plan(args, 0, cluster).cluster != cluster)
-    throw std::runtime_error("the cluster kernel does not take what it should");
+  if (resident && cuda_plan(vocab * size_of(dtype), 0, cluster).cluster != cluster)
+    throw std::runtime_error("a row is not held that should be");
   cuda_fused(args, 0, 0, cluster);
 
   // At the edge of a clip or a trust region the two may differ by a rounding, and then in g.

@@ -121,10 +121,16 @@ void run() {
   same("spread", found.spread, wanted.spread);
 
   const Floats logprobs = normal(rows), old = normal(rows), advantages = normal(rows);
-  const Objective numbers{kClip,    kNone,    0.2f, 0.2f, INFINITY, INFINITY,
-                          INFINITY, INFINITY, 0.1f, 0.1f, 0.0f};
-  const bool decided_by_response = coin(), with_old = pick(0, 3) > 0, with_importance = coin();
+  Objective numbers{};
+  numbers.surrogate = coin() ? kClip : coin() ? kGeometricClip : kGamma;
+  numbers.power_low = numbers.power_high = 2.0f;
+  numbers.eps_low = numbers.eps_high = 0.2f;
+  numbers.ratio_max = numbers.ratio_cap = INFINITY;
+  numbers.kl_coef = numbers.entropy_coef = 0.1f;
+  const bool decided_by_response = coin(), spread = decided_by_response && coin();
+  const bool with_old = pick(0, 3) > 0, with_importance = numbers.surrogate != kGamma && coin();
   const bool with_log_ratio = coin(), with_entropy_weights = coin();
+  const bool with_rollout = coin();
   auto decide = [&](Out& o) {
     return DecideArgs{rows,
                       count,
@@ -136,9 +142,11 @@ void run() {
                       old.data(),
                       with_importance ? advantages.data() : nullptr,
                       with_log_ratio ? old.data() : nullptr,
+                      with_rollout ? advantages.data() : nullptr,
                       with_entropy_weights ? advantages.data() : nullptr,
                       numbers,
                       decided_by_response,
+                      spread,
                       wanted.offsets.data(),
                       wanted.lengths.data(),
                       o.token_loss.data(),
