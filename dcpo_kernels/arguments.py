@@ -589,11 +589,12 @@ def _loss_scale(scale: float | Tensor | None, logits: Tensor) -> float | Tensor 
 def _topk(
     objective: Objective, ids: Tensor | None, logprobs: Tensor | None, logits: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    if not objective.needs_topk:
+    by_function = objective.function is not None and ids is not None and logprobs is not None
+    if not objective.needs_topk and not by_function:
         if ids is not None or logprobs is not None:
             raise ValueError(
-                f"topk_ids and topk_logprobs are for the top-K divergences, not "
-                f"{objective.divergence!r}"
+                f"topk_ids and topk_logprobs are for the top-K divergences (not "
+                f"{objective.divergence!r}), or both of them for a function"
             )
         return None, None
     if ids is None or logprobs is None:
@@ -602,15 +603,16 @@ def _topk(
             f"divergence={objective.divergence!r} needs {missing}, shape "
             f"{[*logits.shape[:-1], 'K']}"
         )
+    most = MAX_K - by_function  # a function has the target's beside them
     for name, x, dtypes in (("topk_ids", ids, IDS), ("topk_logprobs", logprobs, FLOATS)):
         _check_tensor(name, x, [*logits.shape[:-1], "K"])
         if (
             x.dim() != logits.dim()
             or list(x.shape[:-1]) != list(logits.shape[:-1])
-            or not 1 <= x.shape[-1] <= MAX_K
+            or not 1 <= x.shape[-1] <= most
         ):
             raise ValueError(
-                f"{name} must have shape {[*logits.shape[:-1], 'K']} with K in 1..{MAX_K}, got "
+                f"{name} must have shape {[*logits.shape[:-1], 'K']} with K in 1..{most}, got "
                 f"{list(x.shape)}"
             )
         _check_kind(name, x, logits, dtypes)

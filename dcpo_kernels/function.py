@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels.ops.records import Responses, Results, Tokens
+from dcpo_kernels.ops.records import Responses, Results, Rows, Tokens
 
 
 class TokenValues(NamedTuple):
@@ -22,6 +22,8 @@ class TokenValues(NamedTuple):
     ref_logprobs: Tensor | None
     importance_weights: Tensor | None
     rollout_logprobs: Tensor | None
+    topk_logprobs: Tensor | None  # [.., K] of topk_ids, carries a gradient too
+    old_topk_logprobs: Tensor | None  # [.., K] as they came
     weights: Tensor  # the loss is sum weights * token loss
     mask: Tensor  # bool: the token counts
     response: Tensor  # int64: the place of its response
@@ -34,7 +36,9 @@ TokenLoss = Callable[[TokenValues], Tensor]
 def decide_by(
     function: TokenLoss,
     logprobs: Tensor,
+    topk_logprobs: Tensor | None,
     entropy: Tensor | None,
+    rows: Rows,
     tokens: Tokens,
     responses: Responses,
 ) -> tuple[Tensor, Results]:
@@ -42,10 +46,12 @@ def decide_by(
     mask = responses.mask
 
     def counted(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(mask, x.view(mask.shape), 0.0)
+        if x is None or x.dim() == mask.dim() + 1:
+            return None if x is None else torch.where(mask[..., None], x, 0.0)
+        return torch.where(mask, x.view(mask.shape), 0.0)
 
-    rows = torch.arange(mask.numel(), device=mask.device)
-    response = torch.searchsorted(responses.offsets[1:], rows, right=True)
+    places = torch.arange(mask.numel(), device=mask.device)
+    response = torch.searchsorted(responses.offsets[1:], places, right=True)
     old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
     values = TokenValues(
         logprobs=torch.where(mask, logprobs, 0.0),
@@ -55,6 +61,8 @@ def decide_by(
         ref_logprobs=counted(tokens.ref_logprobs),
         importance_weights=counted(tokens.importance_weights),
         rollout_logprobs=counted(tokens.rollout_logprobs),
+        topk_logprobs=counted(topk_logprobs),
+        old_topk_logprobs=counted(rows.topk_logprobs),
         weights=responses.weights,
         mask=mask,
         response=response.clamp(max=max(len(responses.lengths) - 1, 0)).view(mask.shape),

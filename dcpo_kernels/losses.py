@@ -219,16 +219,34 @@ class _TwoPasses(torch.autograd.Function):
 def _by_function(logits: Tensor, batch: arguments.Batch) -> PolicyLoss:
     """Around a function of the user's: the read under autograd, so that backward writes."""
     batch, responses = _with_weights(batch, batch.rows.target_ids)
-    targets = Targets(batch.rows.target_ids, responses.mask, batch.rows.temperatures)
+    rows, topk_logprobs = batch.rows, None
+    ids = rows.target_ids
+    if rows.topk_ids is not None:
+        ids = torch.cat([ids[..., None], rows.topk_ids], -1)
+    targets = Targets(ids, responses.mask, rows.temperatures)
     logprobs, entropy = _selected(logits, targets, batch.options, batch.inplace, batch.backend)
-    return _loss_of(logprobs, entropy, batch, responses)
+    if rows.topk_ids is not None:
+        logprobs, topk_logprobs = logprobs[..., 0], logprobs[..., 1:]
+    return _loss_of(logprobs, topk_logprobs, entropy, batch, responses)
 
 
 def _loss_of(
-    logprobs: Tensor, entropy: Tensor | None, batch: arguments.Batch, responses: Responses
+    logprobs: Tensor,
+    topk_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    batch: arguments.Batch,
+    responses: Responses,
 ) -> PolicyLoss:
     assert batch.objective.function is not None
-    loss, results = decide_by(batch.objective.function, logprobs, entropy, batch.tokens, responses)
+    loss, results = decide_by(
+        batch.objective.function,
+        logprobs,
+        topk_logprobs,
+        entropy,
+        batch.rows,
+        batch.tokens,
+        responses,
+    )
     with torch.no_grad():
         out = _output(results, responses, batch)
     return replaced(out, loss=loss, entropy=None if entropy is None else out.entropy)
@@ -296,7 +314,7 @@ def policy_loss(
     entropy_weights: per token; the entropy term is then -entropy_coef * sum entropy_weights *
         entropy, whatever the tokens' weights are, over tokens that are read.
     topk_ids, topk_logprobs: [.., K], K <= 128, what the behaviour policy reported, no id twice in
-        a row; for dppo's top-K divergences.
+        a row; for dppo's top-K divergences, or a function (K <= 127).
     old_logits: of the logits' shape, in any of their dtypes; for dppo's full divergences.
     kept_ids: [.., S], padded with -1, the ids that each token was sampled from (top-k, top-p), or
         [M] with kept_offsets [N + 1] where row i has those from kept_offsets[i] to
@@ -506,7 +524,7 @@ def policy_loss_from_logprobs(
         entropy = arguments.values_of("entropy", entropy, like, backend)
     if batch.objective.function is not None:
         batch, responses = _with_weights(batch, logprobs.detach())
-        return _loss_of(logprobs, entropy, batch, responses)
+        return _loss_of(logprobs, None, entropy, batch, responses)
     if torch.is_grad_enabled() and (
         logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     ):

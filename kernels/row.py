@@ -405,7 +405,7 @@ def row_gradient(
             )
             if SEVERAL:  # an id that comes more than once has the sum of its g
                 own = tl.zeros([MAX_K], tl.float32)
-                others = g - g  # NaN where g is
+                others = own + tl.where(g == g, 0.0, g)
                 for i in range(k):
                     same = ids == tl.load(target_ids + row * k + i)
                     g_i = tl.load(gs + row * k + i)

@@ -71,18 +71,18 @@ def call_fused(
     ops.fused(logits, *rows, *tokens, *objective.numbers, *options, gradient, "triton")
 
 
-def call_stats(dtype: str, vocab: int, entropy: bool) -> None:
+def call_stats(dtype: str, vocab: int, entropy: bool, k: int = 1) -> None:
     logits = torch.zeros(1, vocab, dtype=DTYPES[dtype])
-    ids = torch.zeros(1, dtype=torch.int64)
-    targets = Targets(ids, mask=ids != 1 if entropy else None, temperatures=None)
+    ids = torch.zeros(1, k, dtype=torch.int64)
+    targets = Targets(ids, mask=ids[:, 0] != 1 if entropy else None, temperatures=None)
     ops.row_stats(logits, *targets, *Options(1.0, entropy), "triton")
 
 
-def call_gradient(dtype: str, vocab: int, entropy: bool) -> None:
+def call_gradient(dtype: str, vocab: int, entropy: bool, k: int = 1) -> None:
     logits = torch.zeros(1, vocab, dtype=DTYPES[dtype])
-    ids, row = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    ids, row = torch.zeros(1, k, dtype=torch.int64), torch.zeros(1)
     h = row if entropy else None
-    coefficients = RowCoefficients(ids, None, row, row, entropy=h, g=row, h=h)
+    coefficients = RowCoefficients(ids, None, row, row, entropy=h, g=ids.float(), h=h)
     ops.row_gradient(logits, *coefficients, torch.ones(()), 1.0, "triton")
 
 
@@ -96,6 +96,7 @@ def variants() -> list[tuple[Any, tuple]]:
     calls += [(call_fused, (OBJECTIVES["kl"], dtype, SEVERAL_TILES, True)) for dtype in DTYPES]
     calls += [(call_stats, (dtype, SEVERAL_TILES, True)) for dtype in ("bf16", "fp32")]
     calls += [(call_gradient, (dtype, SEVERAL_TILES, True)) for dtype in ("bf16", "fp32")]
+    calls += [(call, ("bf16", SEVERAL_TILES, True, 20)) for call in (call_stats, call_gradient)]
     calls += [(call_multiply, (dtype, SEVERAL_TILES)) for dtype in ("bf16", "fp32")]
     calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in OBJECTIVES.values()]
     calls += [(call_fused, (o, "bf16", SEVERAL_TILES)) for o in PENALTIES + ESTIMATORS]

@@ -46,9 +46,10 @@ def arguments_of(
     dtype: torch.dtype,
     objective: dk.Objective | None = None,
     optional: bool = True,
+    k: int | None = None,
 ):
     """What each operator is called with before `backend`, gradients recorded nowhere. optional:
-    every argument that may be left out is there."""
+    every argument that may be left out is there. k: targets of each row."""
     objective = objective or dk.dcpo(kl_coef=0.1, entropy_coef=0.1)
     p = problem(objective, layout=layout, dtype=dtype, lengths=(3, 0, 2), vocab=19)
     logits = p.view(p.base.nan_to_num())
@@ -83,13 +84,15 @@ def arguments_of(
         importance_weights=three.abs() if optional else None,
     )
     temperatures = 0.5 + one.abs() if optional else None
-    targets = Targets(ids, responses.mask, temperatures)
+    several = ids if k is None else (ids[..., None] + torch.arange(k)) % 19
+    targets = Targets(several, responses.mask, temperatures)
     if op == "row_stats":
         return logits, *targets, *options
     stats = RowStats(*ops.row_stats(logits, *targets, *options, "reference"))
     if op.startswith("row_gradient"):
+        g = torch.randn(several.shape)
         ends = RowCoefficients(
-            ids, temperatures, stats.row_max, stats.log_sum, stats.entropy, one, two
+            several, temperatures, stats.row_max, stats.log_sum, stats.entropy, g, two
         )
         if not optional:
             ends = ends._replace(entropy=None, h=None)
@@ -123,6 +126,14 @@ def test_opcheck(case, use_backend):
     if device != "cpu":
         arguments = tree_map_only(torch.Tensor, partial(on_device, device=device), arguments)
     torch.library.opcheck(getattr(ops, case["op"]), (*arguments, use_backend))
+
+
+@on_backends(*BACKENDS)
+@pytest.mark.parametrize("op", ["row_stats", "row_gradient", "row_gradient_"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_of_several_targets(layout, op, use_backend):
+    arguments = arguments_of(op, layout, torch.bfloat16, k=3)
+    torch.library.opcheck(getattr(ops, op), (*arguments, use_backend))
 
 
 @on_backends(*BACKENDS)
@@ -261,7 +272,11 @@ def padded(logits, target_ids, old_logprobs, advantages, lengths, **options):
     return dk.policy_loss(logits, ids, old, advantages[:2], mask=ids > 3, **options)
 
 
-def selected(logits, target_ids, *_, lengths=None, old_logprobs=None, advantages=None, **options):
+def selected(
+    logits, target_ids, *_, lengths=None, old_logprobs=None, advantages=None, k=1, **options
+):
+    if k > 1:
+        target_ids = (target_ids[:, None] + torch.arange(k)) % logits.shape[-1]
     logprobs, entropy = dk.selected_logprobs(logits, target_ids, **options)
     return dk.PolicyLoss(
         (logprobs * 0.3).sum() + (entropy**2).mean(), *[logprobs, entropy][:1], *[None] * 7
@@ -275,6 +290,7 @@ COMPILED = {
     "grpo": (policy, {"objective": dk.grpo(entropy_coef=0.1), "with_entropy": True}),
     "gspo": (policy, {"objective": dk.gspo(), "with_entropy": True}),
     "selected": (selected, {"with_entropy": True, "temperature": 0.7}),
+    "three selected": (selected, {"with_entropy": True, "k": 3}),
 }
 
 

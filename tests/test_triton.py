@@ -86,8 +86,9 @@ def test_loads_and_stores_are_16_bytes_where_rows_allow_it(arch):
             loads, stores = (LOADS[kernel], STORES[kernel]) if entry["writes"] else (2, 0)
             assert entry["wide_loads"] >= loads * vectors, entry
             assert entry["wide_stores"] >= stores * vectors, entry
-            assert entry["other_loads"] <= SCALARS[kernel], entry
-            assert entry["other_stores"] <= 10, entry
+            targets = 20 if entry["of"][3:] == [20] else 0  # each with its logit and its g
+            assert entry["other_loads"] <= SCALARS[kernel] + targets, entry
+            assert entry["other_stores"] <= 10 + targets, entry
         else:
             assert entry["wide_loads"] == entry["wide_stores"] == 0, entry
     assert {entry["aligned"] for entry in compiled(arch)} == {True, False}
