@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dcpo_kernels import backends
+from dcpo_kernels import backends, presets
 from dcpo_kernels.objective import AGGREGATIONS, MAX_K, WHOLE_RESPONSE, Objective
 from dcpo_kernels.ops.library import check_places
 from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens, replaced
-from dcpo_kernels.presets import dcpo
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IDS = (torch.int64, torch.int32)
@@ -45,7 +44,7 @@ class Batch(NamedTuple):
     inplace: bool
 
 
-_DEFAULT = dcpo()
+_DEFAULT = presets.dcpo()
 
 
 def objective_of(objective: object) -> Objective:
@@ -54,12 +53,13 @@ def objective_of(objective: object) -> Objective:
         return _DEFAULT
     if isinstance(objective, Objective):
         return objective
-    if not callable(objective):
+    name = getattr(objective, "__name__", "function")
+    if not callable(objective) or getattr(presets, name, None) is objective:
         raise TypeError(
             f"objective must be an Objective such as dcpo(), or a function from TokenValues to a "
             f"loss per token, got {objective!r}"
         )
-    return Objective(getattr(objective, "__name__", "function"), function=objective)
+    return Objective(name, function=objective)
 
 
 _NO_ROWS: Any = Rows(*[None] * len(Rows._fields))  # pyright: ignore[reportArgumentType]

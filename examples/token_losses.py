@@ -74,3 +74,64 @@ def high_entropy(share=0.2):
         return clipped(t) * (t.entropy.detach() >= threshold)
 
     return loss
+
+
+def m2po(threshold=0.04):
+    """The plain ratio, without the tokens that move furthest (arXiv 2510.01161, algorithm 1): of
+    those that a clip could stop, as many as bring the mean of their (log r)^2 to the threshold."""
+
+    def loss(t):
+        moved = t.logprobs - t.old_logprobs
+        square = moved.detach().square()
+        stoppable = t.mask & (t.advantages * moved > 0)
+        values = square.masked_fill(~stoppable, torch.inf).flatten().sort().values
+        means = values.cumsum(0) / torch.arange(1, len(values) + 1, device=values.device)
+        furthest = values.masked_fill(means > threshold, -1.0).max()
+        return -t.advantages * moved.exp() * ~(stoppable & (square > furthest))
+
+    return loss
+
+
+def before(x, response):
+    """Of x >= 0, all responses one after the other: the sum over the earlier tokens of its own."""
+    sums = x.double().cumsum(0) - x
+    first = sums.new_full((int(response.max()) + 1,), torch.inf)
+    return sums - first.scatter_reduce(0, response, sums, "amin")[response]
+
+
+def cppo(limit=0.2, budget=0.02, least=0.8):
+    """DPPO's mask on |p - q|, stricter for early tokens, whose drift the rest of a response
+    inherits, and after a prefix that has used up its budget (arXiv 2606.10968, eq. 8 to 11)."""
+
+    def loss(t):
+        ratio = (t.logprobs - t.old_logprobs).exp()
+        drift = (t.logprobs.exp() - t.old_logprobs.exp()).detach().abs().flatten()
+        response, counted = t.response.flatten(), t.mask.flatten().to(drift.dtype)
+        share = before(counted, response) / (t.lengths[response] - 1).clamp(min=1)
+        weight = counted * (1 - (1 - least) * share)
+        spent, allowed = before(weight * drift, response), budget * before(weight, response)
+        far = weight * drift > limit + (allowed - spent).clamp(max=0.0)
+        away = t.advantages * (ratio - 1) > 0
+        return -t.advantages * ratio * ~(far.view(away.shape) & away)
+
+    return loss
+
+
+def fipo(half_life=32.0, width=0.2):
+    """The clipped surrogate with an advantage that follows what becomes of the rest of a response:
+    times exp sum_k gamma^(k - t) log r_k over k >= t, cut to 1 +- width (arXiv 2603.19835)."""
+
+    def loss(t):
+        moved = (t.logprobs - t.old_logprobs).detach().flatten()
+        response, counted = t.response.flatten(), t.mask.flatten()
+        place = before(counted.to(moved.dtype), response).long()
+        longest = int(t.lengths.max())
+        later = moved.new_zeros(longest + 1, len(t.lengths))
+        own = moved.new_zeros(longest + 1, len(t.lengths))
+        own.index_put_((place, response), moved * counted, accumulate=True)
+        for k in reversed(range(longest)):
+            later[k] = own[k] + 0.5 ** (1 / half_life) * later[k + 1]
+        weight = later[place, response].exp().clamp(1 - width, 1 + width)
+        return clipped(t._replace(advantages=t.advantages * weight.view(t.mask.shape)))
+
+    return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,67 @@ def test_a_function_has_the_top_k_and_the_target():
     with pytest.raises(ValueError, match=r"K in 1\.\.127"):
         many = {key: x[:, :1].expand(24, 128) for key, x in given.items()}
         p.run(objective=loss, **many)
+
+
+def by_token(tokens, loss_of):
+    """The mean of a loss written token by token, loss_of(row, t, r, moved) of tensors [T]."""
+    new, old, advantages, mask = tokens
+    parts = []
+    for b in range(BATCH):
+        n = int(mask[b].sum())
+        moved = (new - old)[b, :n]
+        parts += [loss_of(b, t, float(advantages[b, 0]), moved) for t in range(n)]
+    total = torch.stack(parts).sum() / mask.sum()
+    return total.detach(), torch.autograd.grad(total, new)[0]
+
+
+def test_m2po(tokens):
+    new, old, advantages, mask = tokens
+    moved = (new - old).detach()
+    stoppable = [
+        (float(moved[b, t] ** 2), b, t)
+        for b, t in mask.nonzero().tolist()
+        if advantages[b, t] * moved[b, t] > 0
+    ]
+    kept = sorted(stoppable)
+    while sum(x for x, *_ in kept) > 0.04 * len(kept):
+        kept.pop()  # the one that moved furthest
+    dropped = {(b, t) for _, b, t in stoppable} - {(b, t) for _, b, t in kept}
+    assert dropped and kept
+    want = by_token(
+        tokens, lambda b, t, A, x: -A * x[t].exp() * (0.0 if (b, t) in dropped else 1.0)
+    )
+    torch.testing.assert_close(ours(examples.m2po(0.04), tokens), want, rtol=1e-6, atol=1e-7)
+
+
+def test_cppo(tokens):
+    new, old, *_ = tokens
+    stopped = []
+
+    def loss(b, t, A, x):
+        n = len(x)
+        drift = (new[b, :n].exp() - old[b, :n].exp()).detach().abs()
+        weight = 1 - 0.2 * torch.arange(n) / max(n - 1, 1)
+        spent, allowed = (weight * drift)[:t].sum(), 0.02 * weight[:t].sum()
+        far = weight[t] * drift[t] > min(0.05, 0.05 + allowed - spent)
+        stopped.append(bool(far and A * (x[t].exp() - 1) > 0))
+        return -A * x[t].exp() * (0.0 if stopped[-1] else 1.0)
+
+    want = by_token(tokens, loss)
+    assert 0 < sum(stopped) < len(stopped)
+    found = ours(examples.cppo(limit=0.05), tokens)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-7, check_dtype=False)
+
+
+def test_fipo(tokens):
+    gamma = 0.5 ** (1 / 4)
+
+    def loss(b, t, A, x):
+        later = sum(gamma ** (k - t) * float(x[k].detach()) for k in range(t, len(x)))
+        A = A * min(max(math.exp(later), 0.8), 1.2)
+        r = x[t].exp()
+        return torch.maximum(-A * r, -A * r.clamp(0.8, 1.2))
+
+    found = ours(examples.fipo(half_life=4.0), tokens)
+    want = by_token(tokens, loss)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-7, check_dtype=False)

@@ -247,9 +247,17 @@ void run(const std::string& kind, bool small) {
   if (kind == "stats" || kind == "gradient") {
     for (int64_t& target : targets)
       if (target < 0) target = 0;
+    // Half of the time a row has several targets.
+    const bool several = pick(0, 1);
+    const int64_t each = several ? k : 1;
+    const int64_t* ids = several ? topk_ids.data() : targets.data();
+    float* g_values = several ? topk.data() : advantages.data();
+    for (Results* r : {&found, &wanted}) r->logprobs.resize(rows * each, -7);
     auto stats = [&](Results& r, View view) {
       StatsArgs a{};
       batch(a, view);
+      a.k = each;
+      a.target_ids = ids;
       a.mask = mask.data();
       a.logprobs = r.logprobs.data();
       a.entropy = r.entropy.data();
@@ -269,18 +277,24 @@ void run(const std::string& kind, bool small) {
               wanted.row_max[i] / temperature_of(i) + wanted.log_sum[i], 2e-6f, 2e-5f);
       return;
     }
-    for (int64_t i = 0; i < rows; ++i)
-      if (!mask[i]) advantages[i] = importance[i] = 0.0f;
+    std::vector<float> pulls(rows);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (!mask[i]) importance[i] = 0.0f;
+      for (int64_t j = i * each; j < (i + 1) * each; ++j)
+        pulls[i] += std::fabs(mask[i] ? g_values[j] : g_values[j] = 0.0f);
+    }
     const bool with_h = pick(0, 1), with_factor = pick(0, 1);
     const float factor = 0.5f;
     auto gradient = [&](View view, View to) {
       GradientArgs a{};
       batch(a, view);
+      a.k = each;
+      a.target_ids = ids;
       a.gradient = to;
       a.row_max = wanted.row_max.data();
       a.log_sum = wanted.log_sum.data();
       a.entropy = wanted.entropy.data();
-      a.g = advantages.data();
+      a.g = g_values;
       a.h = with_h ? importance.data() : nullptr;
       a.factor = with_factor ? &factor : nullptr;
       return a;
@@ -290,8 +304,7 @@ void run(const std::string& kind, bool small) {
     for (int64_t i = 0; i < rows; ++i) kRowKernelsPortable.gradient(g, i);
     cuda_gradient(gradient(in_place ? found_gradient.view() : logits.view(), found_gradient.view()),
                   0, 0);
-    compare_gradients(advantages.data(), with_h ? importance.data() : nullptr,
-                      wanted.entropy.data());
+    compare_gradients(pulls.data(), with_h ? importance.data() : nullptr, wanted.entropy.data());
     return;
   }
 
