@@ -224,9 +224,10 @@ def test_numbers_of_an_objective():
         numbers = dk.grpo(kl_estimator=estimator, old_kl_estimator=KL_ESTIMATORS[i - 1]).numbers
         assert numbers.kl_estimator == i == (numbers.old_kl_estimator + 1) % len(KL_ESTIMATORS)
     numbers = dk.Objective("x", "clip", 0.1, 0.2, 3, 4, kl_coef=0.5, entropy_coef=0.6).numbers
-    assert numbers[:5] == (0, 0, 2, 2, 0)
-    assert numbers[5:15] == (0.1, 0.2, 3, 4, 0, 0, 0, 0, INF, INF)
-    assert numbers[15:] == (0.5, 0.0, 0.6, 0.0, 0.0, INF)
+    assert numbers[:6] == (0, 0, 2, 2, 0, 0)
+    assert numbers[6:16] == (0.1, 0.2, 3, 4, 0, 0, 0, 0, INF, INF)
+    assert numbers[16:] == (0.5, 0.0, 0.6, 0.0, 0.0, INF)
+    assert [dk.cispo(score_centering=on).numbers.score_centering for on in (False, True)] == [0, 1]
     numbers = dk.dppo("kl", (0.7, 0.8), penalty_coef=0.9).numbers
     assert (numbers.limit_low, numbers.limit_high, numbers.penalty_coef) == (0.7, 0.8, 0.9)
     assert dk.dppo("kl", [0.7, 0.8]) == dk.dppo("kl", (0.7, 0.8))

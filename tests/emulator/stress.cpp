@@ -4,6 +4,7 @@
 //   stress FIRST_SEED HOW_MANY [KIND]       KIND: one of kKinds
 //
 // A seed decides everything: shapes, layout, objective, kernel, and the order threads run in.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -182,7 +183,7 @@ void run(const std::string& kind, bool small) {
   std::vector<int64_t> targets(rows);
   std::vector<float> old(rows), advantages(rows), weights(rows), ref(rows), importance(rows);
   std::vector<uint8_t> mask(rows);
-  const int64_t k = pick(1, 40);
+  const int64_t k = std::min(pick(1, 40), vocab);
   std::vector<int64_t> topk_ids(rows * k);
   std::vector<float> topk(rows * k);
   for (int64_t i = 0; i < rows; ++i) {
@@ -326,7 +327,15 @@ void run(const std::string& kind, bool small) {
   // A penalty on TV has a gradient of either sign where p and q are as good as equal.
   if (o.divergence == kBinaryKl || o.divergence == kTopkKl || o.divergence == kFullKl)
     o.penalty_coef = pick(0, 1) * 0.5f;
-  const bool uses_topk = o.divergence == kTopkTv || o.divergence == kTopkKl;
+  if (o.surrogate == kReinforce && o.divergence == kNone && !resident)
+    o.score_centering = static_cast<int>(pick(0, 1));
+  // With a floor alpha is as large as 1 - sum p is small, and that is rounding in a peaked row.
+  if (o.score_centering) o.floor_low = o.floor_high = 0.0f;
+  const bool uses_topk = needs_topk(o);
+  for (int64_t i = 0; uses_topk && i < rows; ++i) {  // which the operator wants distinct
+    const int64_t first = pick(0, vocab - 1);
+    for (int64_t j = 0; j < k; ++j) topk_ids[i * k + j] = (first + j) % vocab;
+  }
   const bool uses_old = o.divergence == kFullTv || o.divergence == kFullKl;
   const DType old_dtype = pick(0, 1) ? dtype : static_cast<DType>(pick(0, 2));
   Rows old_logits(old_dtype, uses_old ? rows : 1, vocab, front, gap);
