@@ -22,6 +22,7 @@ BACKENDS = ("cpu", "cuda", "triton", "reference", "compile", "eager")
 VARIANTS = {
     "cuda-streaming": ("cuda", "cluster", 0),
     **{f"cuda-cluster-{n}": ("cuda", "cluster", n) for n in (1, 2, 4, 8)},
+    **{f"cuda-polynomial-{n}": ("cuda", "polynomial", n) for n in (1, 2)},
     **{f"triton-{n}-threads": ("triton", "threads", n) for n in (128, 256, 512)},
 }
 
@@ -82,7 +83,8 @@ def _variant(operator: Operator, inputs: Inputs, name: str) -> list[Implementati
         with patch.object(kernels, "fused", changed):
             return function(logits)
 
-    note = _kernel(operator, inputs, value) if backend == "cuda" else ""
+    cluster = value if argument == "cluster" else cuda.BY_TABLE
+    note = _kernel(operator, inputs, cluster) if backend == "cuda" else ""
     make = partial(Call, operator, inputs, run, overwrites=True)
     return [replace(plain, name=f"{name}, in place", make=make, note=note)]
 
@@ -90,7 +92,7 @@ def _variant(operator: Operator, inputs: Inputs, name: str) -> list[Implementati
 def _kernel(operator: Operator, inputs: Inputs, cluster: int = cuda.BY_TABLE) -> str:
     """What the CUDA backend does with a row, where more than one of its kernels could be asked."""
     objective, logits = inputs.objective, inputs.logits
-    if operator.name != "fused" or objective.ratio_level == "sequence":
+    if operator.name != "fused" or objective.by_response:
         return ""
     if objective.beyond_target:
         return ""

@@ -41,6 +41,21 @@ def hold(monkeypatch):
     return lambda blocks: monkeypatch.setattr(cuda, "fused", partial(fused, cluster=blocks))
 
 
+@pytest.mark.parametrize("quarters", [1, 2])
+def test_exponentials_by_multiply_adds(quarters, emu, monkeypatch):
+    """A gradient in bf16 moves by one rounding at most, and nothing else moves."""
+    p = problem(dk.dcpo(), dtype=torch.bfloat16, vocab=8192, lengths=(3, 2))
+    p.base[:, ::7] = -INF
+    p.base[torch.arange(5), p.arguments["target_ids"]] = 1.0
+    expected, want = p.run(backend="cuda")
+    monkeypatch.setattr(cuda, "fused", partial(cuda.fused, polynomial=quarters))
+    out, gradient = p.run(backend="cuda")
+    assert torch.equal(out.loss, expected.loss) and torch.equal(out.logprobs, expected.logprobs)
+    steps = (gradient.view(torch.int16).int() - want.view(torch.int16).int()).abs()
+    assert steps.max() == 1 and (steps > 0).float().mean() < 0.05
+    assert (gradient[p.base == -INF] == 0).all()
+
+
 @pytest.mark.parametrize("dtype, blocks", list(zip(DTYPES, (1, 2, 4), strict=True)))
 @pytest.mark.parametrize(
     "name",

@@ -227,11 +227,11 @@ except SystemExit:
 # Lowest first: a module imports from its own layer and from those below, never from above.
 LAYERS = [
     {"_version", "files", "objective", "presets", "decide", "responses"}
-    | {"advantages", "critic", "metrics"},
+    | {"advantages", "critic", "metrics", "rollout"},
     {"_C", "kernels"},
     {"backends"},
     {"ops"},
-    {"losses", "arguments", "parallel", "__init__"},
+    {"losses", "arguments", "function", "replay", "parallel", "__init__"},
     {"integrations", "bench", "train", "info"},
     {"demo", "cli"},
 ]

@@ -20,7 +20,7 @@ TOOLS = Path("backends", "nvidia", "bin")
 # to share a multiprocessor.
 REGISTERS = {"fused_resident": 64, "fused_streaming": 64, "row_stats": 64, "row_gradient": 80}
 REGISTERS |= {"fused_divergence": 128, "multiply_kernel": 255}
-KERNELS = {"fused_resident": 6, "fused_streaming": 6, "row_stats": 6, "row_gradient": 6}
+KERNELS = {"fused_resident": 8, "fused_streaming": 6, "row_stats": 6, "row_gradient": 6}
 KERNELS |= {"fused_divergence": 3, "multiply_kernel": 3}
 # Those that take some bytes per row; they are no templates.
 SMALL = {"token_weights_kernel": 64, "finish_kernel": 64}
@@ -196,6 +196,19 @@ def test_a_row_costs_few_instructions(arch, vocab, cluster, threads):
     cuobjdump()
     if int(arch[3:]) < 90:
         return
-    (name,) = (name for name in listing(arch) if "fused_residentINS_8BFloat16ELb0" in name)
+    (name,) = (name for name in listing(arch) if "fused_residentINS_8BFloat16ELb0ELi0" in name)
     in_loops, in_all = cost_of_a_row(listing(arch)[name], 8, vocab, cluster, threads // 32)
     assert in_loops <= IN_LOOPS and in_all <= IN_ALL, (in_loops, in_all)
+
+
+def test_quarters_of_the_exponentials_are_multiply_adds(arch):
+    cuobjdump()
+    if int(arch[3:]) < 90:
+        return
+    exponentials = {
+        name[-1]: count(Counter(i.name for i in instructions), r"MUFU\.EX2")
+        for mangled, instructions in listing(arch).items()
+        for name in re.findall(r"fused_residentINS_8BFloat16ELb0ELi\d", mangled)
+    }
+    assert exponentials["0"] - exponentials["1"] == 8  # of the 32 of a tile
+    assert exponentials["0"] - exponentials["2"] == 16

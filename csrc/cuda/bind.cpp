@@ -40,7 +40,8 @@ void bind_cuda(py::module_& m) {
   // cluster: blocks that hold a row, 0 the streaming kernel, kByTable as plan.h says
   m.def("cuda_plan", &plan, "row_bytes"_a, "device"_a, "cluster"_a = kByTable,
         "How fused holds a row on 16 bytes; cluster 0: the streaming kernel.");
-  bind::launcher(m, "cuda_fused", bind::kFusedFields, cuda_fused, "device", "stream", "cluster");
+  bind::launcher(m, "cuda_fused", bind::kFusedFields, cuda_fused, "device", "stream", "cluster",
+                 "polynomial");
   bind::launcher(m, "cuda_stats", bind::kStatsFields, cuda_stats, "device", "stream");
   bind::launcher(m, "cuda_gradient", bind::kGradientFields, cuda_gradient, "device", "stream");
   bind::launcher(m, "cuda_multiply", bind::kMultiplyFields, cuda_multiply, "device", "stream");

@@ -10,6 +10,8 @@
 //
 // The phases of a block follow each other. It is other blocks of the multiprocessor, at other rows,
 // that use the memory meanwhile (plan.h).
+#include <type_traits>
+
 #include "cuda/hopper.cuh"
 #include "cuda/plan.h"
 #include "cuda/rows.cuh"
@@ -47,7 +49,8 @@ __device__ __forceinline__ void for_slice(int packs, Tile&& tile, Pack&& pack) {
 
 #endif
 
-template <class T, bool kEntropy>
+// kPolynomial: so many of a tile's packs have their exponentials from multiply-adds.
+template <class T, bool kEntropy, int kPolynomial>
 __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
     fused_resident(const FusedArgs a, const int slice) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -134,8 +137,12 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
         const uint4* x = from + i;
         uint4* dx = to + i;
 #pragma unroll
-        for (int k = 0; k < kTilePacks; ++k)
-          __stcs(dx + 32 * k, gradient_of<kEntropy, T>(slope, x[32 * k]));
+        for (int k = 0; k < kTilePacks; ++k) {
+          if (k < kPolynomial)
+            __stcs(dx + 32 * k, gradient_of<kEntropy, T, true>(slope, x[32 * k]));
+          else
+            __stcs(dx + 32 * k, gradient_of<kEntropy, T>(slope, x[32 * k]));
+        }
       },
       [&](int i) { __stcs(to + i, gradient_of<kEntropy, T>(slope, from[i])); });
   if (target < 0) return;
@@ -145,24 +152,29 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
 }
 
 template <class T>
-auto kernel_of(bool entropy) {
-  return entropy ? fused_resident<T, true> : fused_resident<T, false>;
+auto kernel_of(bool entropy, int polynomial) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (!entropy && polynomial == 1) return fused_resident<T, false, 1>;
+    if (!entropy && polynomial == 2) return fused_resident<T, false, 2>;
+  }
+  return entropy ? fused_resident<T, true, 0> : fused_resident<T, false, 0>;
 }
 
 }  // namespace
 
 void load_resident(int device) {
   each_dtype([&](auto t) {
-    for (const bool entropy : {false, true}) {
-      load(kernel_of<decltype(t)>(entropy));
-      if (limits(device).major >= 9) allow_shared(kernel_of<decltype(t)>(entropy), device);
+    for (const int variant : {0, 1, 2, 3}) {  // three polynomials, and an entropy
+      const auto kernel = kernel_of<decltype(t)>(variant == 3, variant % 3);
+      load(kernel);
+      if (limits(device).major >= 9) allow_shared(kernel, device);
     }
   });
 }
 
 bool resident_fits(const Plan& plan, int device) {
   static PerDevice<bool> fits;
-  const auto kernel = kernel_of<BFloat16>(false);
+  const auto kernel = kernel_of<BFloat16>(false, 0);
   const int variant = static_cast<int>(plan.shared_bytes) * 2 * kMaxCluster + plan.cluster;
   return fits.get(device, reinterpret_cast<const void*>(kernel), variant, [&] {
     DeviceGuard guard(device);
@@ -175,7 +187,8 @@ void launch_resident(const FusedArgs& args, const Plan& plan, uintptr_t stream) 
   with_dtype(args.dtype, [&](auto t) {
     const Grid grid{args.rows * plan.cluster, plan.threads, plan.shared_bytes, plan.cluster};
     Launcher(grid, stream)
-        .run("fused_resident", kernel_of<decltype(t)>(args.entropy), args, plan.slice);
+        .run("fused_resident", kernel_of<decltype(t)>(args.entropy, plan.polynomial), args,
+             plan.slice);
   });
 }
 

@@ -15,6 +15,7 @@ constexpr size_t kBesideSlice = 384;  // bytes of a block's shared memory behind
 struct Plan {
   int cluster = 0;             // blocks that hold a row; 0: the streaming kernel
   int threads = 0, slice = 0;  // of a block; the slice in packs of 16 bytes
+  int polynomial = 0;          // quarters of the write's exponentials that are multiply-adds
   size_t shared_bytes = 0;
 };
 
@@ -23,7 +24,7 @@ struct Plan {
 inline Plan resident_plan(int64_t row_bytes, int cluster) {
   const int64_t slice = (row_bytes + cluster * 128 - 1) / (cluster * 128) * 128;
   return {cluster, slice > 40 << 10 ? kMostThreads : kMostThreads / 2, static_cast<int>(slice / 16),
-          static_cast<size_t>(slice) + kBesideSlice};
+          0, static_cast<size_t>(slice) + kBesideSlice};
 }
 
 // How a row of `fused` that begins on 16 bytes is held, for a GPU whose blocks may have so much
@@ -42,6 +43,10 @@ inline Plan resident_plan(int64_t row_bytes, int cluster) {
 //   128,256              256,512                 4, 3                              8, 6
 //   151,936              303,872                 4, 3                              8, 5
 //   262,144              524,288                 8, 3                              8, 3
+//
+// A B200 has memory for two exponentials per bf16 logit at 13 or 14 of the 16 per clock that it can
+// do: a quarter or a half of the write's as a polynomial (bf16, no entropy) is there to be
+// measured, and nothing takes it yet.
 //
 // A row of which not even an eighth fits is streamed. sm_120 has 100 KiB: 5, 3, 3, 2 and 1 blocks.
 inline Plan choose_plan(int64_t row_bytes, int major, size_t shared_bytes, int cluster) {

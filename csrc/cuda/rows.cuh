@@ -178,19 +178,20 @@ __device__ __forceinline__ Slope slope_of(const RowGradient& c) {
   return {y, kEntropy ? c.a * factor : 0.0f, (kEntropy ? c.b - c.a * shift : c.b) * factor};
 }
 
-template <bool kEntropy>
+template <bool kEntropy, bool kPolynomial = false>
 __device__ __forceinline__ float gradient_of(const Slope& s, float x) {
   const float y = s.y.of(x);
-  return exp2_approx(y) * (kEntropy ? fmaf(s.a, fmaxf(y, -127.0f), s.b) : s.b);
+  const float e = kPolynomial ? exp2_polynomial(y) : exp2_approx(y);
+  return e * (kEntropy ? fmaf(s.a, fmaxf(y, -127.0f), s.b) : s.b);
 }
 
 // Of 16 bytes of logits.
-template <bool kEntropy, class T>
+template <bool kEntropy, class T, bool kPolynomial = false>
 __device__ __forceinline__ uint4 gradient_of(const Slope& s, uint4 bits) {
   float x[kPack<T>];
   widen<T>(bits, x);
 #pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) x[i] = gradient_of<kEntropy>(s, x[i]);
+  for (int i = 0; i < kPack<T>; ++i) x[i] = gradient_of<kEntropy, kPolynomial>(s, x[i]);
   return narrow<T>(x);
 }
 

@@ -11,8 +11,8 @@
 namespace dcpo {
 
 // cluster: so many blocks hold a row, or 0: two sweeps over a row (streaming.cu); kByTable leaves
-// it to plan.h.
-void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster);
+// it to plan.h. polynomial: as in Plan, with kByTable; 0 but for bf16 without an entropy.
+void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster, int polynomial);
 void cuda_stats(const StatsArgs& args, int device, uintptr_t stream);
 void cuda_gradient(const GradientArgs& args, int device, uintptr_t stream);
 

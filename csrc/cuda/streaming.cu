@@ -242,7 +242,7 @@ Plan cuda_plan(int64_t row_bytes, int device, int cluster) {
   return plan.cluster > 0 && resident_fits(plan, device) ? plan : Plan{};
 }
 
-void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster) {
+void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster, int polynomial) {
   if (args.rows == 0 || args.vocab == 0) return;
   DeviceGuard guard(device);
   const int64_t size = size_of(args.dtype);
@@ -254,6 +254,7 @@ void cuda_fused(const FusedArgs& args, int device, uintptr_t stream, int cluster
   if (args.gradient.data && !args.topk_ids && !args.old_logits.data &&
       args.vocab * size % 16 == 0 && on_16_bytes(args.logits) && on_16_bytes(args.gradient))
     plan = cuda_plan(args.vocab * size, device, cluster);
+  if (polynomial != kByTable) plan.polynomial = polynomial;
   if (plan.cluster > 0)
     launch_resident(args, plan, stream);
   else

@@ -35,10 +35,13 @@ def _where(x: Tensor) -> dict[str, int]:
 BY_TABLE = -1  # csrc/cuda/plan.h
 
 
-def fused(logits: Tensor, *records: Any, cluster: int = BY_TABLE) -> None:
-    """cluster: so many blocks hold a row; 0: it is streamed."""
+def fused(
+    logits: Tensor, *records: Any, cluster: int = BY_TABLE, polynomial: int = BY_TABLE
+) -> None:
+    """cluster: so many blocks hold a row; 0: it is streamed. polynomial: so many quarters of the
+    exponentials of a bf16 gradient are multiply-adds, 0 to 2."""
     arguments = _compiled.fused_arguments(logits, *records)
-    C.cuda_fused(**arguments, **_where(logits), cluster=cluster)
+    C.cuda_fused(**arguments, **_where(logits), cluster=cluster, polynomial=polynomial)
 
 
 def plan(vocab: int, itemsize: int, device: int, cluster: int = BY_TABLE) -> str:
