@@ -92,11 +92,12 @@ def test_minimum_bytes(name):
     objective = "dcpo" if operator.takes_objective else ""
     row = CASE.vocab * 2
     case = replace(CASE, operator=name, objective=objective)
-    floor = {"fused": (24 + 24), "read": 24}.get(name, 2 * 24 + 24)
-    assert operator.minimum_bytes(inputs.make(case)) == row * floor
-    floor = {"fused": (18 + 24), "read": 18}.get(name, 2 * 18 + 24)
-    assert operator.minimum_bytes(inputs.make(replace(case, masked=0.25))) == row * floor
-    if operator.takes_objective:
+    for masked, count in ((0.0, 24), (0.25, 18)):
+        floor = {"fused": row * (count + 24), "read": row * count, "listed": row * count}
+        floor["replay"] = 2 * 64 * count + row * 24
+        found = operator.minimum_bytes(inputs.make(replace(case, masked=masked)))
+        assert found == floor.get(name, row * (2 * count + 24))
+    if operator.takes_objective and name != "replay":
         gspo = inputs.make(replace(case, objective="gspo"))
         assert operator.minimum_bytes(gspo) == row * (2 * 24 + 24)
 
@@ -105,7 +106,9 @@ def test_minimum_bytes(name):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("name", [name for name in operators() if name != "read"])
+@pytest.mark.parametrize(
+    "name", [n for n, o in operators().items() if o.backward and not o.only_ours]
+)
 def test_gate_opens_and_shuts(name, dtype):
     operator = operators()[name]
     objective = "dcpo" if operator.takes_objective else ""

@@ -27,6 +27,7 @@ class Operator:
     minimum_bytes: Callable[[Inputs], int]  # of memory traffic
     ours: Callable[[Inputs, str, bool], Function]  # (inputs, backend, inplace)
     plain: Callable[[Inputs], Function]  # the formula in PyTorch, as one would write it
+    only_ours: bool = False  # no peer has it
 
 
 def operators() -> dict[str, Operator]:

@@ -30,7 +30,7 @@ class Peer:
 
 
 def implementation(peer: Peer, operator: Operator, inputs: Inputs) -> Implementation:
-    reason = peer.lacks(operator, inputs.case)
+    reason = "has no such operator" if operator.only_ours else peer.lacks(operator, inputs.case)
     traffic = None if reason or peer.traffic is None else peer.traffic(operator, inputs)
 
     def missing(why: str, version: str = "") -> Implementation:
