@@ -372,7 +372,7 @@ void run(const std::string& kind, bool small) {
   const FusedArgs args = fused(found, logits, found_gradient);
   if (resident && cuda_plan(vocab * size_of(dtype), 0, cluster).cluster != cluster)
     throw std::runtime_error("a row is not held that should be");
-  cuda_fused(args, 0, 0, cluster);
+  cuda_fused(args, 0, 0, cluster, kByTable);
 
   // At the edge of a clip or a trust region the two may differ by a rounding, and then in g.
   close("logprobs", found.logprobs, wanted.logprobs);
