@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kTeam) decide_kernel(const DecideArgs a) {
 }
 
 // A block has a response.
-__global__ void __launch_bounds__(kTeam) decide_responses_kernel(const DecideArgs a) {
+__global__ void __launch_bounds__(kTeam, 4) decide_responses_kernel(const DecideArgs a) {
   DCPO_SHARED(shared);
   const ResponseRows r = rows_of(a, blockIdx.x);
   float sum = 0.0f;
