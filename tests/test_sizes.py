@@ -54,6 +54,7 @@ def one_dtype_interpreted(dtype: torch.dtype, use_backend: str) -> None:
 @by_kernels
 @on_dtypes
 def test_every_width(dtype, use_backend):
+    one_dtype_interpreted(dtype, use_backend)
     for vocab in [*VOCABS, *LONGER]:
         rows, temperature = hard_rows(vocab).to(dtype), 0.7 if vocab in LONGER else 1.0
         assert_selected(rows, targets(vocab), use_backend, temperature, note=f"V={vocab}")
