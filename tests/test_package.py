@@ -231,7 +231,7 @@ LAYERS = [
     {"_C", "kernels"},
     {"backends"},
     {"ops"},
-    {"losses", "arguments", "function", "replay", "parallel", "__init__"},
+    {"losses", "passes", "arguments", "checks", "function", "replay", "parallel", "__init__"},
     {"integrations", "bench", "train", "info"},
     {"demo", "cli"},
 ]

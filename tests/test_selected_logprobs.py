@@ -11,7 +11,8 @@ from numerics import NAN
 from problems import DTYPES, LAYOUTS, ROUNDING, label, pairs, problem
 
 import dcpo_kernels as dk
-from dcpo_kernels.arguments import MAX_K, MAX_K_READ
+from dcpo_kernels.checks import MAX_K_READ
+from dcpo_kernels.objective import MAX_K
 
 
 def combine(logprobs, entropy, wants="both"):

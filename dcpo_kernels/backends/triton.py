@@ -18,19 +18,25 @@ if TYPE_CHECKING:
     from dcpo_kernels.objective import Numbers
     from dcpo_kernels.ops import records
 
-kernels: Any = None
-response_kernels: Any = None
+_kernels: dict[str, Any] = {}
 try:
     import triton
 
-    from dcpo_kernels.kernels import responses as response_kernels
-    from dcpo_kernels.kernels import row as kernels
+    from dcpo_kernels.kernels import decisions, row
+    from dcpo_kernels.kernels import finish as of_finish
+    from dcpo_kernels.kernels import token_weights as of_weights
 except ImportError as error:
     _missing = f"triton can't be imported ({error}); `pip install triton` brings it"
     _interpreted = False
 else:
     _missing = ""
-    _interpreted = not isinstance(kernels.fused, triton.JITFunction)
+    _kernels = {
+        name: getattr(row, name) for name in ("fused", "row_stats", "row_gradient", "multiply_")
+    }
+    _kernels["token_weights"] = of_weights.token_weights
+    _kernels["decide"] = decisions.decide
+    _kernels["finish"] = of_finish.finish
+    _interpreted = not isinstance(row.fused, triton.JITFunction)
 
 
 def unavailable(device: str = "cuda") -> str:
@@ -138,11 +144,10 @@ def _launch(
         name, vocab, size, aligned[0], registers, device, threads
     )
     constants = (*constants, *aligned, aligned[0] and vocab * size % 16 == 0, *shape)
-    _run(kernels, name, x, arguments, constants, min(row_count(x), programs), options)
+    _run(name, x, arguments, constants, min(row_count(x), programs), options)
 
 
 def _run(
-    module: Any,
     name: str,
     x: Tensor,
     arguments: tuple[Any, ...],
@@ -154,7 +159,7 @@ def _run(
     index = x.get_device()
     if index >= 0 and index != torch.cuda.current_device():
         with torch.cuda.device(index):
-            return _run(module, name, x, arguments, constants, programs, options)
+            return _run(name, x, arguments, constants, programs, options)
     grid = (programs, 1, 1)
     key = (name, index, x.dtype, constants, tuple(map(type, arguments)))
     arguments = (*arguments, *constants)
@@ -162,7 +167,7 @@ def _run(
         compiled, count = _compiled[key]
         compiled[grid](*arguments[:count])
         return
-    compiled = getattr(module, name)[grid](*arguments, **options)
+    compiled = _kernels[name][grid](*arguments, **options)
     if compiled is not None:  # as in the interpreter
         _compiled[key] = compiled, len(compiled.src.signature)
 
@@ -303,7 +308,7 @@ def _launch_small(
         raise TypeError(f"{name} takes float32 for Triton's kernels, got float64")
     block, warps = _SMALL[name]
     options = {"num_warps": warps, "enable_fp_fusion": True}
-    _run(response_kernels, name, x, arguments, (*constants, block), programs, options)
+    _run(name, x, arguments, (*constants, block), programs, options)
 
 
 def _filled(x: Tensor) -> Tensor | None:

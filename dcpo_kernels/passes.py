@@ -1,0 +1,363 @@
+"""Autograd around the operators: from what the door has checked to a `PolicyLoss` or to
+log-probabilities, in one pass over the logits or in two."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dcpo_kernels import arguments, ops
+from dcpo_kernels.function import decide_by
+from dcpo_kernels.metrics import Summary
+from dcpo_kernels.ops.records import (
+    Options,
+    RatioGroups,
+    Read,
+    Responses,
+    Results,
+    RowCoefficients,
+    RowStats,
+    Targets,
+    replaced,
+)
+
+
+class PolicyLoss(NamedTuple):
+    """What `policy_loss` returns. Per token: of the shape of target_ids, 0 (ratio 1) for tokens
+    that don't count."""
+
+    loss: Tensor  # scalar float32, the only differentiable one
+    token_loss: Tensor  # before weighting, KL and entropy terms included
+    logprobs: Tensor  # of the targets, under logits / temperature
+    entropy: Tensor | None  # nats; None unless with_entropy or entropy_coef
+    ratio: Tensor  # exp(logprobs - old_logprobs), per response for a ratio_level other than "token"
+    clipped: Tensor  # int8: 0 none, 1 high, 2 low, 3 cap, 4 region
+    response_loss: Tensor  # [R]: mean of token_loss over the response's tokens, 0 where it has none
+    mask: Tensor  # bool: the token counts
+    summary: Tensor  # what `summarize` reads
+
+
+def _first_derivatives_only(name: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has first derivatives in reverse mode: its gradient can't be differentiated "
+            "again (create_graph=True, hessian)"
+        )
+
+
+def _backward_once(ctx, name: str) -> None:
+    """Own words for a second backward through what the first one has overwritten."""
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            f"backward ran a second time through one {name}, whose gradient was made where it "
+            f"lies: call {name} again, or add the losses up before one backward"
+        )
+    ctx.spent = True
+
+
+def _without_zeros(ctx) -> None:
+    """Backward gets None, not a tensor of zeros, for an output that has no gradient."""
+    if not torch.compiler.is_compiling():  # Dynamo does not know it, and fuses the zeros away
+        ctx.set_materialize_grads(False)
+
+
+# ---- from logits --------------------------------------------------------------------------------
+
+
+def _with_weights(batch: arguments.Batch, like: Tensor) -> tuple[arguments.Batch, Responses]:
+    """Mask or lengths become token weights, and what came per response one value per token, as
+    `like` has them."""
+    *responses, spread = ops.token_weights(
+        like, *batch.grouping, list(batch.by_response.values()), batch.backend
+    )
+    responses = Responses(*responses)
+    per_token = dict(zip(batch.by_response, spread, strict=True))
+    temperatures = per_token.pop("temperatures", batch.rows.temperatures)
+    if batch.entropy_weights is not None:
+        per_token["entropy_weights"] = torch.where(
+            responses.weights == 0, 0.0, batch.entropy_weights / responses.weights
+        )
+    batch = replaced(
+        batch,
+        rows=replaced(batch.rows, temperatures=temperatures),
+        tokens=replaced(batch.tokens, weights=responses.weights, **per_token),
+    )
+    return batch, responses
+
+
+def _output(results: Results, responses: Responses, batch: arguments.Batch) -> PolicyLoss:
+    loss, response_loss, summary = ops.finish(*results, *responses, batch.backend)
+    if batch.dropped is not None:
+        summary[Summary._fields.index("tokens_dropped")] = batch.dropped
+    return PolicyLoss(loss, *results, response_loss, responses.mask, summary)
+
+
+def _one_pass(
+    logits: Tensor, batch: arguments.Batch, with_gradient: bool
+) -> tuple[PolicyLoss, Tensor | None]:
+    """The loss, and its gradient in the logits times loss_scale: read, decide and write at once."""
+    batch, responses = _with_weights(batch, batch.rows.target_ids)
+    tokens = batch.tokens
+    if batch.loss_scale is not None:
+        tokens = replaced(tokens, weights=tokens.weights * batch.loss_scale)
+    numbers, options = batch.objective.numbers, batch.options
+    if with_gradient and batch.inplace:
+        results = ops.fused_(logits, *batch.rows, *tokens, *numbers, *options, batch.backend)
+        gradient = logits
+    else:
+        *results, gradient = ops.fused(
+            logits, *batch.rows, *tokens, *numbers, *options, with_gradient, batch.backend
+        )
+    return _output(Results(*results), responses, batch), gradient
+
+
+class _OnePass(torch.autograd.Function):
+    """The gradient is ready before backward begins."""
+
+    @staticmethod
+    def forward(ctx, logits, batch):
+        out, gradient = _one_pass(logits, batch, with_gradient=True)
+        if batch.inplace:
+            torch.autograd.graph.increment_version(logits)  # a second reader fails loudly
+        _without_zeros(ctx)
+        ctx.save_for_backward(gradient)
+        ctx.loss_scale, ctx.backend = batch.loss_scale, batch.backend
+        loss, *others = out
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None
+        _first_derivatives_only("policy_loss")
+        _backward_once(ctx, "policy_loss")
+        gradient = ctx.saved_tensors[0].detach()
+        if ctx.loss_scale is not None:
+            grad_loss = grad_loss / ctx.loss_scale
+        ops.multiply_(gradient, grad_loss, ctx.backend)
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(gradient)
+        return gradient, None
+
+
+def _decided(
+    read: Read, batch: arguments.Batch, responses: Responses
+) -> tuple[Results, Tensor, Tensor]:
+    """Results, and the derivatives of the loss in the log-probabilities and in the entropy."""
+    spread = batch.ratio_by_response and batch.objective.ratio_level == "sequence"
+    groups = RatioGroups(batch.ratio_by_response, spread, responses.offsets, responses.lengths)
+    token_loss, ratio, clipped, g, h = ops.decide(
+        *read, *batch.tokens, *batch.objective.numbers, *groups, batch.backend
+    )
+    entropy = read.logprobs.new_empty(0) if read.entropy is None else read.entropy
+    return Results(token_loss, read.logprobs, entropy, ratio, clipped), g, h
+
+
+def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, RowCoefficients]:
+    """The loss, and what backward writes the gradient from: a response's ratio is known once all of
+    its rows are read."""
+    batch, responses = _with_weights(batch, batch.rows.target_ids)
+    rows, numbers, options = batch.rows, batch.objective.numbers, batch.options
+    read_rows = responses.mask if batch.grouping.skip_zero is None else responses.weights != 0
+    targets = Targets(rows.target_ids, read_rows, rows.temperatures)
+    stats = RowStats(*ops.row_stats(logits, *targets, *options, batch.backend))
+    entropy = stats.entropy if options.with_entropy else None
+    results, g, h = _decided(Read(stats.logprobs, entropy), batch, responses)
+    has_entropy_term = numbers.entropy_coef != 0
+    coefficients = RowCoefficients(
+        target_ids=rows.target_ids,
+        temperatures=rows.temperatures,
+        row_max=stats.row_max,
+        log_sum=stats.log_sum,
+        entropy=stats.entropy if has_entropy_term else None,
+        g=g,
+        h=h if has_entropy_term else None,
+    )
+    return _output(results, responses, batch), coefficients
+
+
+def _write(ctx, coefficients: RowCoefficients, logits: Tensor, factor: Tensor | None) -> Tensor:
+    """What a backward of two passes returns."""
+    if not ctx.inplace:
+        return ops.row_gradient(logits, *coefficients, factor, ctx.temperature, ctx.backend)
+    gradient = logits.detach()
+    ops.row_gradient_(gradient, *coefficients, factor, ctx.temperature, ctx.backend)
+    torch.autograd.graph.increment_version(gradient)
+    return gradient
+
+
+class _TwoPasses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, batch):
+        out, coefficients = _two_passes(logits, batch)
+        _without_zeros(ctx)
+        ctx.save_for_backward(logits, *coefficients)
+        ctx.temperature = batch.options.temperature
+        ctx.inplace, ctx.backend = batch.inplace, batch.backend
+        loss, *others = out
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None
+        _first_derivatives_only("policy_loss")
+        if ctx.inplace:
+            _backward_once(ctx, "policy_loss")
+        logits, *coefficients = ctx.saved_tensors
+        return _write(ctx, RowCoefficients(*coefficients), logits, grad_loss), None
+
+
+def _by_function(logits: Tensor, batch: arguments.Batch) -> PolicyLoss:
+    """Around a function of the user's: the read under autograd, so that backward writes."""
+    batch, responses = _with_weights(batch, batch.rows.target_ids)
+    rows, topk_logprobs = batch.rows, None
+    ids = rows.target_ids
+    if rows.topk_ids is not None:
+        ids = torch.cat([ids[..., None], rows.topk_ids], -1)
+    targets = Targets(ids, responses.mask, rows.temperatures)
+    logprobs, entropy = logprobs_of(logits, targets, batch.options, batch.inplace, batch.backend)
+    if rows.topk_ids is not None:
+        logprobs, topk_logprobs = logprobs[..., 0], logprobs[..., 1:]
+    return _loss_of(logprobs, topk_logprobs, entropy, batch, responses)
+
+
+def _loss_of(
+    logprobs: Tensor,
+    topk_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    batch: arguments.Batch,
+    responses: Responses,
+) -> PolicyLoss:
+    assert batch.objective.function is not None
+    loss, results = decide_by(
+        batch.objective.function,
+        logprobs,
+        topk_logprobs,
+        entropy,
+        batch.rows,
+        batch.tokens,
+        responses,
+    )
+    with torch.no_grad():
+        out = _output(results, responses, batch)
+    return replaced(out, loss=loss, entropy=None if entropy is None else out.entropy)
+
+
+def loss_of_logits(logits: Tensor, batch: arguments.Batch) -> PolicyLoss:
+    if batch.objective.function is not None:
+        return _by_function(logits, batch)
+    two_passes = batch.ratio_by_response
+    if torch.is_grad_enabled() and logits.requires_grad:
+        out = PolicyLoss(*(_TwoPasses if two_passes else _OnePass).apply(logits, batch))
+    else:
+        with torch.no_grad():
+            run = _two_passes(logits, batch) if two_passes else _one_pass(logits, batch, False)
+            out = run[0]
+    return out if batch.options.with_entropy else replaced(out, entropy=None)
+
+
+# ---- from log-probabilities ---------------------------------------------------------------------
+
+
+def _from_logprobs(
+    logprobs: Tensor, entropy: Tensor | None, batch: arguments.Batch
+) -> tuple[PolicyLoss, Tensor, Tensor]:
+    batch, responses = _with_weights(batch, logprobs)
+    results, g, h = _decided(Read(logprobs, entropy), batch, responses)
+    return _output(results, responses, batch), g, h
+
+
+class _FromLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs, entropy, batch):
+        # copies: they are outputs too
+        own = None if entropy is None else entropy.clone()
+        out, g, h = _from_logprobs(logprobs.clone(), own, batch)
+        _without_zeros(ctx)
+        ctx.save_for_backward(g, h)
+        loss, *others = out
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return None, None, None
+        _first_derivatives_only("policy_loss_from_logprobs")
+        g, h = ctx.saved_tensors
+        return g * grad_loss, h * grad_loss if h.numel() else None, None
+
+
+def loss_of_logprobs(
+    logprobs: Tensor, entropy: Tensor | None, batch: arguments.Batch
+) -> PolicyLoss:
+    if batch.objective.function is not None:
+        batch, responses = _with_weights(batch, logprobs.detach())
+        return _loss_of(logprobs, None, entropy, batch, responses)
+    if torch.is_grad_enabled() and (
+        logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
+    ):
+        out = PolicyLoss(*_FromLogprobs.apply(logprobs, entropy, batch))
+    else:
+        with torch.no_grad():
+            out = _from_logprobs(logprobs, entropy, batch)[0]
+    return replaced(out, entropy=None) if entropy is None else out
+
+
+# ---- log-probabilities --------------------------------------------------------------------------
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, options, inplace, backend):
+        stats = RowStats(*ops.row_stats(logits, *targets, *options, backend))
+        _without_zeros(ctx)
+        ctx.save_for_backward(logits, *targets, *stats)
+        ctx.temperature, ctx.inplace, ctx.backend = options.temperature, inplace, backend
+        return stats.logprobs, stats.entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        _first_derivatives_only("selected_logprobs")
+        if ctx.inplace:
+            _backward_once(ctx, "selected_logprobs")
+        logits, target_ids, mask, temperatures, *stats = ctx.saved_tensors
+        logprobs, entropy, row_max, log_sum = stats
+
+        def of_rows_read(grad: Tensor | None) -> Tensor:
+            if grad is None:
+                return torch.zeros_like(logprobs)
+            if mask is None:
+                return grad.contiguous()
+            read = mask != 0 if grad.dim() == mask.dim() else (mask != 0).unsqueeze(-1)
+            return torch.where(read, grad, 0.0).contiguous()
+
+        with_entropy = grad_entropy is not None and entropy.numel() > 0
+        coefficients = RowCoefficients(
+            target_ids,
+            temperatures,
+            row_max,
+            log_sum,
+            entropy if with_entropy else None,
+            of_rows_read(grad_logprobs),
+            of_rows_read(grad_entropy) if with_entropy else None,
+        )
+        return _write(ctx, coefficients, logits, None), None, None, None, None
+
+
+def logprobs_of(
+    logits: Tensor, targets: Targets, options: Options, inplace: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled() and logits.requires_grad:
+        logprobs, entropy = _SelectedLogprobs.apply(logits, targets, options, inplace, backend)
+    else:
+        with torch.no_grad():
+            logprobs, entropy, _, _ = ops.row_stats(logits, *targets, *options, backend)
+    return logprobs, entropy if options.with_entropy else None
