@@ -256,14 +256,8 @@ def targets_of(
     mask: Tensor | None,
     temperature: float | Tensor,
     with_entropy: bool,
-    inplace: bool,
-    backend: str,
-) -> tuple[Targets, Options, str]:
+) -> tuple[Targets, Options]:
     """The same for `selected_logprobs`."""
-    backend = checks.check_logits("logits", logits, backend)
-    checks.check_transforms("selected_logprobs", logits)
-    if inplace:
-        checks.check_in_place(logits)
     token_mask = None if mask is None else checks.mask_of(mask, logits)
     number, temperatures = 1.0, None
     if isinstance(temperature, Tensor):
@@ -272,4 +266,4 @@ def targets_of(
     else:
         number = checks.temperature_number(temperature)
     ids = checks.targets(target_ids, logits)
-    return Targets(ids, token_mask, temperatures), Options(number, with_entropy), backend
+    return Targets(ids, token_mask, temperatures), Options(number, with_entropy)

@@ -128,8 +128,9 @@ def policy_loss(
             )
         if inplace:
             checks.check_in_place(logits)
-        kept = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
-        logits, target_ids, found = kept
+        kept = replay.kept(logits, target_ids, kept_ids, kept_offsets)
+        logits = replay.kept_logits(logits, kept, inplace)
+        target_ids, found = kept.place, kept.found
         inplace = True  # they are a copy
     batch = arguments.token_batch(
         logits,
@@ -278,13 +279,13 @@ def selected_logprobs(
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
     """
+    backend = checks.check_logits("logits", logits, backend)
+    checks.check_transforms("selected_logprobs", logits)
+    if inplace:
+        checks.check_in_place(logits)
     if kept_ids is not None:
-        backend = checks.check_logits("logits", logits, backend)
-        if inplace:
-            checks.check_in_place(logits)
-        logits, target_ids, _ = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
+        kept = replay.kept(logits, target_ids, kept_ids, kept_offsets)
+        logits, target_ids = replay.kept_logits(logits, kept, inplace), kept.place
         inplace = True  # they are a copy
-    targets, options, backend = arguments.targets_of(
-        logits, target_ids, mask, temperature, with_entropy, inplace, backend
-    )
+    targets, options = arguments.targets_of(logits, target_ids, mask, temperature, with_entropy)
     return passes.logprobs_of(logits, targets, options, inplace, backend)

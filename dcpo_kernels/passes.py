@@ -332,6 +332,32 @@ def loss_of_logprobs(
 # ---- log-probabilities --------------------------------------------------------------------------
 
 
+def coefficients_of(
+    stats: RowStats, targets: Targets, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+) -> RowCoefficients:
+    """What the gradients of log-probabilities and entropies are to their rows."""
+    mask = targets.mask
+
+    def of_rows_read(grad: Tensor | None) -> Tensor:
+        if grad is None:
+            return torch.zeros_like(stats.logprobs)
+        if mask is None:
+            return grad.contiguous()
+        read = mask != 0 if grad.dim() == mask.dim() else (mask != 0).unsqueeze(-1)
+        return torch.where(read, grad, 0.0).contiguous()
+
+    with_entropy = grad_entropy is not None and stats.entropy.numel() > 0
+    return RowCoefficients(
+        targets.target_ids,
+        targets.temperatures,
+        stats.row_max,
+        stats.log_sum,
+        stats.entropy if with_entropy else None,
+        of_rows_read(grad_logprobs),
+        of_rows_read(grad_entropy) if with_entropy else None,
+    )
+
+
 class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, options, inplace, backend):
@@ -347,26 +373,8 @@ class _SelectedLogprobs(torch.autograd.Function):
         if ctx.inplace:
             backward_once(ctx, "selected_logprobs")
         logits, target_ids, mask, temperatures, *stats = ctx.saved_tensors
-        logprobs, entropy, row_max, log_sum = stats
-
-        def of_rows_read(grad: Tensor | None) -> Tensor:
-            if grad is None:
-                return torch.zeros_like(logprobs)
-            if mask is None:
-                return grad.contiguous()
-            read = mask != 0 if grad.dim() == mask.dim() else (mask != 0).unsqueeze(-1)
-            return torch.where(read, grad, 0.0).contiguous()
-
-        with_entropy = grad_entropy is not None and entropy.numel() > 0
-        coefficients = RowCoefficients(
-            target_ids,
-            temperatures,
-            row_max,
-            log_sum,
-            entropy if with_entropy else None,
-            of_rows_read(grad_logprobs),
-            of_rows_read(grad_entropy) if with_entropy else None,
-        )
+        targets = Targets(target_ids, mask, temperatures)
+        coefficients = coefficients_of(RowStats(*stats), targets, grad_logprobs, grad_entropy)
         return _write(ctx, coefficients, logits, None), None, None, None, None
 
 

@@ -20,7 +20,7 @@ from dcpo_kernels.ops.records import (
 )
 
 
-def _results(logits: Tensor, options: Options) -> Results:
+def results_of(logits: Tensor, options: Options) -> Results:
     shape = logits.shape[:-1]
     token_loss = logits.new_empty(shape, dtype=result_dtype(logits))
     new = token_loss.new_empty
@@ -38,15 +38,7 @@ def _gradient(logits: Tensor, with_gradient: bool) -> Tensor:
     return logits.new_empty(logits.shape if with_gradient else 0)
 
 
-def _run(
-    logits: Tensor,
-    gradient: Tensor | None,
-    rows: Rows,
-    tokens: Tokens,
-    numbers: Numbers,
-    options: Options,
-    backend: str,
-) -> Results:
+def check_rows(logits: Tensor, rows: Rows, tokens: Tokens) -> None:
     count = logits.shape[:-1].numel()
     k = 0 if rows.topk_ids is None else rows.topk_ids.shape[-1]
     if rows.old_logits is not None and rows.old_logits.shape != logits.shape:
@@ -58,7 +50,19 @@ def _run(
     if rows.topk_ids is not None:
         check_ids("topk_ids", rows.topk_ids, logits, tokens.weights)
         check_distinct("topk_ids", rows.topk_ids, tokens.weights)
-    results = _results(logits, options)
+
+
+def _run(
+    logits: Tensor,
+    gradient: Tensor | None,
+    rows: Rows,
+    tokens: Tokens,
+    numbers: Numbers,
+    options: Options,
+    backend: str,
+) -> Results:
+    check_rows(logits, rows, tokens)
+    results = results_of(logits, options)
     if logits.numel():
         backends.kernels(backend).fused(logits, gradient, rows, tokens, numbers, options, results)
     return results
@@ -73,7 +77,7 @@ def _launch(logits, *flat):
 
 def _fake(logits, *flat):
     _, _, _, options, (with_gradient, _) = unpack(flat, *_RECORDS)
-    return *_results(logits, options), _gradient(logits, with_gradient)
+    return *results_of(logits, options), _gradient(logits, with_gradient)
 
 
 def _launch_in_place(logits, *flat):
@@ -84,7 +88,7 @@ def _launch_in_place(logits, *flat):
 
 def _fake_in_place(logits, *flat):
     _, _, _, options, _ = unpack(flat, *_RECORDS)
-    return tuple(_results(logits, options))
+    return tuple(results_of(logits, options))
 
 
 _RECORDS = (Rows, Tokens, Numbers, Options)
