@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def linear_policy_loss(
     logits_dtype: torch.float32 keeps the logits of a 16-bit product unrounded, for a smaller
         mismatch with an engine that does. None: hidden's dtype.
     memory_limit: bytes that the logits of one chunk may take, at least one row. None: as many as
-        the float32 gradient of the weight, 4 * V * D. Results depend on it by rounding alone.
+        the float32 gradient of the weight, 4 * V * D, or 256 MiB where that is more. Results depend
+        on it by rounding alone.
     weight_grad: [V, D], float32 or of weight's dtype, such as weight.main_grad or weight.grad: the
         gradient is added to it in the forward pass, without a buffer of its own, and weight has
         none from autograd. backward must then bring exactly loss_scale, or 1: anything else raises
@@ -198,9 +200,9 @@ def _linear(
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(x, Tensor) and (x is not None or name != "bias"):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if hasattr(hidden, "placements"):
+    if placements := getattr(hidden, "placements", None):
         raise TypeError(
-            f"hidden must be a plain tensor, got a DTensor with placements {hidden.placements}: "
+            f"hidden must be a plain tensor, got a DTensor with placements {placements}: "
             "pass hidden.full_tensor(), or hidden.to_local() where each rank has whole rows"
         )
     if hidden.dim() not in (2, 3):
@@ -235,7 +237,7 @@ def _linear(
     if not isinstance(logit_scale, Real) or not 0 < logit_scale < float("inf"):
         raise ValueError(f"logit_scale={logit_scale} must be a number > 0")
     if memory_limit is None:
-        memory_limit = 4 * weight.numel()
+        memory_limit = max(4 * weight.numel(), 2**28)
     elif not isinstance(memory_limit, int) or memory_limit < 1:
         raise ValueError(f"memory_limit={memory_limit} must be bytes, an integer > 0")
     if weight_grad is not None:
@@ -265,7 +267,7 @@ def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
         )
 
 
-def _whole(weight: Tensor) -> Tensor:
+def _whole(weight: Any) -> Tensor:
     """A sharded weight, gathered. Its gradient goes back averaged over the ranks, as that of every
     other parameter under FSDP2."""
     placements = getattr(weight, "placements", None)

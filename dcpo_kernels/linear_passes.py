@@ -99,7 +99,7 @@ def _two_passes(
     if not writes:
         return out, HeadGradients(*[kept] * 3)
     scale = batch.loss_scale
-    if isinstance(scale, float):
+    if scale is not None and not isinstance(scale, Tensor):
         scale = coefficients.g.new_tensor(scale)
     gradients = _written(
         linear,

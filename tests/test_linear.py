@@ -322,7 +322,7 @@ def test_weight_grad_is_added_to(dtype, use_backend):
         wanted = 1 + 8 * of_weight.float()
         assert off(into, wanted.double()) <= 2 * torch.finfo(dtype).eps
         out = dk.linear_policy_loss(base, weight, **given)
-        with pytest.raises(RuntimeError, match="upstream gradient is 2.0 times"):
+        with pytest.raises(RuntimeError, match=r"upstream gradient is 2\.0 times"):
             (2 * out.loss).backward()
 
 
