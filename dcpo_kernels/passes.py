@@ -106,10 +106,10 @@ def _one_pass(
         tokens = replaced(tokens, weights=tokens.weights * batch.loss_scale)
     numbers, options = batch.objective.numbers, batch.options
     if with_gradient and batch.inplace:
-        results = ops.fused_(logits, *batch.rows, *tokens, *numbers, *options, batch.backend)
+        *results, _ = ops.fused_(logits, *batch.rows, *tokens, *numbers, *options, batch.backend)
         gradient = logits
     else:
-        *results, gradient = ops.fused(
+        *results, _, gradient = ops.fused(
             logits, *batch.rows, *tokens, *numbers, *options, with_gradient, batch.backend
         )
     return _output(Results(*results), responses, batch), gradient
