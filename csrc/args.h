@@ -43,7 +43,7 @@ struct FusedArgs : Batch {
   const float* rollout_logprobs;  // by the engine that sampled; null: no correction
   const float* entropy_weights;   // of the entropy term, as multiples of the weight; null: 1
   float *token_loss, *logprobs, *entropy, *ratio;  // entropy: null where nobody asked for it
-  int8_t* clipped;
+  int8_t *clipped, *has_gradient;
 };
 
 // Read only.

@@ -106,6 +106,7 @@ inline const Field<FusedArgs> kFusedFields[] = {
     FIELD(entropy),
     FIELD(ratio),
     FIELD(clipped),
+    FIELD(has_gradient),
 };
 #undef FIELD
 

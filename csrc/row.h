@@ -85,6 +85,7 @@ DCPO_HD void write_idle(const FusedArgs& a, int64_t row) {
   if (a.entropy) a.entropy[row] = 0.0f;
   a.ratio[row] = 1.0f;
   a.clipped[row] = kClippedNone;
+  a.has_gradient[row] = 0;
 }
 
 // The scalars of a row that is read, loaded ahead of their use.
@@ -156,16 +157,17 @@ DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs&
   t.divergence = divergence;
   t.log_ratio = a.log_ratio ? a.log_ratio[row] : t.logprob - t.old_logprob;
   const Decision d = decide(a.objective, t);
+  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * entropy_weight * d.h,
+                                            s.row_max, log_sum_of(s), entropy, temperature);
+  c.divergence_coef = in.weight * d.divergence_coef;
   if (writes) {
     a.token_loss[row] = d.loss;
     a.logprobs[row] = t.logprob;
     if (kEntropy && a.entropy) a.entropy[row] = entropy;
     a.ratio[row] = d.ratio;
     a.clipped[row] = d.clipped;
+    a.has_gradient[row] = !c.zero || c.divergence_coef != 0.0f;
   }
-  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * entropy_weight * d.h,
-                                            s.row_max, log_sum_of(s), entropy, temperature);
-  c.divergence_coef = in.weight * d.divergence_coef;
   return c;
 }
 

@@ -111,10 +111,10 @@ def _one_pass(
     batch, responses = with_weights(batch, batch.rows.target_ids)
     tokens, numbers, options = scaled(batch), batch.objective.numbers, batch.options
     if with_gradient and batch.inplace:
-        results = ops.fused_(logits, *batch.rows, *tokens, *numbers, *options, batch.backend)
+        *results, _ = ops.fused_(logits, *batch.rows, *tokens, *numbers, *options, batch.backend)
         gradient = logits
     else:
-        *results, gradient = ops.fused(
+        *results, _, gradient = ops.fused(
             logits, *batch.rows, *tokens, *numbers, *options, with_gradient, batch.backend
         )
     return output(Results(*results), responses, batch), gradient

@@ -167,6 +167,29 @@ def test_direct_callers_are_checked_too(wrong, error, words, use_backend):
         ops.fused(*arguments, use_backend)
 
 
+@on_backends(*EVERYWHERE)
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["dcpo", "cispo-centered", "dppo-topk_kl", "penalty-kl"])
+def test_which_rows_have_a_gradient(name, entropy_coef, use_backend):
+    """Those that it is not all zeros in, whether it is written or not."""
+    p = problem(OBJECTIVES[name](entropy_coef=entropy_coef), lengths=(30,))
+    a, weights = p.arguments, torch.ones(30)
+    a["advantages"][::3] = weights[::4] = 0.0
+    p.base[[3, 5], 1] = torch.nan
+    rows = Rows(a["target_ids"], None, *map(a.get, Rows._fields[2:]))
+    tokens = Tokens(a["old_logprobs"], a["advantages"], weights, None, None)
+    given = [p.base, *rows, *tokens, *a["objective"].numbers, *Options(0.7, entropy_coef != 0)]
+    device = device_of(use_backend)
+    given = tree_map_only(torch.Tensor, partial(on_device, device=device), given)
+    *_, has_gradient, gradient = ops.fused(*given, True, use_backend)
+    assert has_gradient.tolist() == (gradient != 0).any(-1).int().tolist()
+    assert has_gradient[3] == has_gradient[5] == 1 and not has_gradient[::4].any()
+    *_, without, _ = ops.fused(*given, False, use_backend)
+    assert torch.equal(without, has_gradient)
+    *_, in_place = ops.fused_(*given, use_backend)
+    assert torch.equal(in_place, has_gradient)
+
+
 @on_backends(*BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ops.__all__)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Targets,
         Tokens,
         Totals,
+        Written,
     )
 
 
@@ -114,11 +115,12 @@ def fused_arguments(
     numbers: Numbers,
     options: Options,
     results: Results,
+    written: Written,
 ) -> dict[str, Any]:
     old_logits = rows.old_logits
     return {
         **_shape(logits, options.temperature),
-        **_named(rows, tokens, results),
+        **_named(rows, tokens, results, written),
         "gradient": view(gradient),
         "k": 0 if rows.topk_ids is None else rows.topk_ids.shape[-1],
         "old_logits": view(old_logits),

@@ -194,6 +194,7 @@ def fused(
     numbers: Numbers,
     options: records.Options,
     results: records.Results,
+    written: records.Written,
 ) -> None:
     read, dtype = tokens.weights != 0, compute_dtype(logits)
     # Upcast here and nowhere else: then the gradient is rounded to the dtype of the logits once.
@@ -233,6 +234,9 @@ def fused(
     for result, values in zip(results, found, strict=True):
         if result.numel():
             result.copy_(_counted(values.detach(), read, 1 if values is decision.ratio else 0))
+    h = numbers.entropy_coef * _weighted(torch.ones_like(decision.g), tokens.entropy_weights)
+    pulls = [tokens.weights * x != 0 for x in (decision.g, h, decision.divergence_coef)]
+    written.has_gradient.copy_(_counted(torch.stack(pulls).any(0), read))
 
 
 def _importance(numbers: Numbers, tokens: records.Tokens, old: Tensor) -> Tensor | None:

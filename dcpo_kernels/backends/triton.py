@@ -196,6 +196,7 @@ def fused(
     numbers: Numbers,
     options: records.Options,
     results: records.Results,
+    written: records.Written,
     threads: int = 0,  # of a program; 0: as launch_shape chooses
 ) -> None:
     constants, values = _constants(numbers)
@@ -217,6 +218,7 @@ def fused(
             *rows,
             *tokens,
             *results,
+            *written,
             row_count(logits),
             logits.shape[-1],
             0 if rows.topk_ids is None else rows.topk_ids.shape[-1],

@@ -14,23 +14,25 @@ from dcpo_kernels.ops.records import (
     Results,
     Rows,
     Tokens,
+    Written,
     result_dtype,
     schema_of,
     unpack,
 )
 
 
-def results_of(logits: Tensor, options: Options) -> Results:
+def results_of(logits: Tensor, options: Options) -> tuple[Results, Written]:
     shape = logits.shape[:-1]
     token_loss = logits.new_empty(shape, dtype=result_dtype(logits))
     new = token_loss.new_empty
-    return Results(
+    results = Results(
         token_loss=token_loss,
         logprobs=new(shape),
         entropy=new(shape if options.with_entropy else 0),
         ratio=new(shape),
         clipped=new(shape, dtype=torch.int8),
     )
+    return results, Written(new(shape, dtype=torch.int8))
 
 
 def _gradient(logits: Tensor, with_gradient: bool) -> Tensor:
@@ -60,12 +62,13 @@ def _run(
     numbers: Numbers,
     options: Options,
     backend: str,
-) -> Results:
+) -> list[Tensor]:
     check_rows(logits, rows, tokens)
-    results = results_of(logits, options)
+    results, written = results_of(logits, options)
     if logits.numel():
-        backends.kernels(backend).fused(logits, gradient, rows, tokens, numbers, options, results)
-    return results
+        kernels = backends.kernels(backend)
+        kernels.fused(logits, gradient, rows, tokens, numbers, options, results, written)
+    return [*results, *written]
 
 
 def _launch(logits, *flat):
@@ -77,7 +80,8 @@ def _launch(logits, *flat):
 
 def _fake(logits, *flat):
     _, _, _, options, (with_gradient, _) = unpack(flat, *_RECORDS)
-    return *results_of(logits, options), _gradient(logits, with_gradient)
+    results, written = results_of(logits, options)
+    return *results, *written, _gradient(logits, with_gradient)
 
 
 def _launch_in_place(logits, *flat):
@@ -88,18 +92,20 @@ def _launch_in_place(logits, *flat):
 
 def _fake_in_place(logits, *flat):
     _, _, _, options, _ = unpack(flat, *_RECORDS)
-    return tuple(results_of(logits, options))
+    results, written = results_of(logits, options)
+    return *results, *written
 
 
 _RECORDS = (Rows, Tokens, Numbers, Options)
 fused = define(
     f"fused(Tensor logits, {schema_of(*_RECORDS)}, bool with_gradient, str backend)"
-    f" -> ({schema_of(Results)}, Tensor gradient)",
+    f" -> ({schema_of(Results, Written)}, Tensor gradient)",
     _launch,
     _fake,
 )
 fused_ = define(
-    f"fused_(Tensor(a!) logits, {schema_of(*_RECORDS)}, str backend) -> ({schema_of(Results)})",
+    f"fused_(Tensor(a!) logits, {schema_of(*_RECORDS)}, str backend)"
+    f" -> ({schema_of(Results, Written)})",
     _launch_in_place,
     _fake_in_place,
 )

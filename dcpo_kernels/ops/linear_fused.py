@@ -28,10 +28,11 @@ def _launch(hidden, into, *flat):
     products.check_head(hidden, head, into)
     like = products.logits_like(hidden, head)
     check_rows(like, rows, tokens)
-    results = results_of(like, options)
+    results, written = results_of(like, options)
 
     chosen = Chosen(like.shape[:-1].numel(), tokens.weights)
     states, found = chosen.take_states(hidden), chosen.room_for(results)
+    pulls = chosen.room_for(written)
     # Old logits are as large as those that are not there: a chunk of them at a time.
     chosen_rows = chosen.take_each(rows._replace(old_logits=None))
     chosen_tokens = chosen.take_each(tokens)
@@ -39,19 +40,20 @@ def _launch(hidden, into, *flat):
     backward = products.Backward(states, head, wanted, parts, into)
     for part, room in products.rooms(parts, hidden, head):
         logits = products.logits_of(states[part], head, room)
-        of_part = part_of(chosen_rows, part)
+        part_rows = part_of(chosen_rows, part)
         if rows.old_logits is not None:
-            of_part = of_part._replace(old_logits=chosen.take_part(rows.old_logits, part))
+            part_rows = part_rows._replace(old_logits=chosen.take_part(rows.old_logits, part))
         backends.kernels(backend).fused(
             logits,
             logits if backward.wanted else None,
-            of_part,
+            part_rows,
             part_of(chosen_tokens, part),
             numbers,
             options,
             part_of(found, part),
+            part_of(pulls, part),
         )
-        backward.add(part, logits, None)
+        backward.add(part, logits, pulls.has_gradient[part])
     chosen.put(results, found, ratio=1.0)
     return *results, *backward.gradients(chosen, hidden)
 
@@ -59,7 +61,8 @@ def _launch(hidden, into, *flat):
 def _fake(hidden, into, *flat):
     head, wanted, _, _, _, options, _ = unpack(flat, *_RECORDS)
     like = products.logits_like(hidden, head)
-    return *results_of(like, options), *products.gradients_like(hidden, head, wanted, into)
+    results, _ = results_of(like, options)
+    return *results, *products.gradients_like(hidden, head, wanted, into)
 
 
 _RECORDS = (Head, Wanted, Rows, Tokens, Numbers, Options)

@@ -51,6 +51,12 @@ class Results(NamedTuple):
     clipped: Tensor  # int8
 
 
+class Written(NamedTuple):
+    """What is said of a row's gradient, written or not. [N]"""
+
+    has_gradient: Tensor  # int8: 0 where nothing pulls at the row, and its gradient is all zeros
+
+
 class Targets(NamedTuple):
     """Which rows are read, and for what."""
 
