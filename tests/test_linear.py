@@ -15,7 +15,15 @@ from torch.utils.checkpoint import checkpoint
 import dcpo_kernels as dk
 from dcpo_kernels import ops
 from dcpo_kernels.ops import chosen
-from dcpo_kernels.ops.records import Head, Options, RowCoefficients, Targets, Wanted
+from dcpo_kernels.ops.records import (
+    Head,
+    Options,
+    RowCoefficients,
+    Rows,
+    Targets,
+    Tokens,
+    Wanted,
+)
 
 VOCAB = 37
 LENGTHS = (6, 0, 1, 9, 8)
@@ -437,28 +445,36 @@ def test_compiles_whole(name):
 @on_cpu
 @pytest.mark.parametrize("most", [5, 64])
 def test_opcheck(most, use_backend):
-    case = Case(dk.dcpo(), layout="packed")
+    case = Case(dk.dcpo(entropy_coef=0.1), bias=True)
     hidden, weight, bias = (x.detach() for x in case.leaves())
-    count = len(hidden)
-    head = Head(weight, bias, False, rows(most))
-    ids, mask = case.arguments["target_ids"], torch.arange(count) % 3 > 0
-    targets, options = Targets(ids, mask, None), Options(0.7, True)
-    into = torch.zeros_like(weight)
-    wanted = Wanted(True, False, True)
-    stats = (hidden, *head, *targets, *options, True, use_backend)
-    whole = (hidden, *head, ids, None, None, *options, True, use_backend)  # memory that is written
-    torch.library.opcheck(ops.linear_row_stats, whole)
-    read = ops.linear_row_stats(*stats)
-    g = torch.where(mask, torch.randn(count), 0.0)
-    coefficients = RowCoefficients(ids, None, read[2], read[3], read[1], g, g)
-    rest = (*head, *wanted, *coefficients, mask, None, 0.7, use_backend)
-    torch.library.opcheck(ops.linear_row_gradient, (hidden, read[4], into, *rest))
-    torch.library.opcheck(ops.linear_row_gradient, (hidden, None, None, *rest))
-    kept = torch.stack([ids, (ids + 1) % VOCAB], -1)
-    torch.library.opcheck(ops.linear_gather, (hidden, *head, kept, mask))
-    gradient = torch.randn(kept.shape)
-    rest = (*head, *Wanted(True, True, True), kept)
-    torch.library.opcheck(ops.linear_gather_gradient, (hidden, gradient, None, *rest))
+    count, ids = len(hidden), case.arguments["target_ids"]
+    head, options = Head(weight, bias, False, rows(most)), Options(0.7, True)
+    into, mask = torch.zeros_like(weight), torch.arange(count) % 3 > 0
+    every, some = Wanted(True, True, True), Wanted(True, False, True)
+
+    def check(name, *arguments):
+        torch.library.opcheck(getattr(ops, name), arguments)
+        return getattr(ops, name)(*arguments)
+
+    kept = (hidden, *head, *Targets(ids, None, None), *options, True, use_backend)
+    check("linear_row_stats", *kept)  # with a mask, some of what is kept is never written
+    targets = Targets(ids, mask, None)
+    given = (hidden, *head, *targets, *options)
+    logprobs, entropy, row_max, log_sum, _ = check("linear_row_stats", *given, False, use_backend)
+    kept_logits = ops.linear_row_stats(*given, True, use_backend)[-1]
+    g = torch.where(mask, logprobs, 0.0)
+    pull = RowCoefficients(ids, None, row_max, log_sum, entropy, g, g)
+    rest = (*pull, mask, None, 0.7, use_backend)
+    check("linear_row_gradient", hidden, kept_logits, into, *head, *some, *rest)
+    check("linear_row_gradient", hidden, None, None, *head, *every, *rest)
+    tokens = Tokens(case.arguments["old_logprobs"], case.arguments["advantages"], g, None, None)
+    loss = (*Rows(ids, None, None, None, None), *tokens, *dk.dcpo().numbers, *options, use_backend)
+    check("linear_fused", hidden, into, *head, *some, *loss)
+    check("linear_fused", hidden, None, *head, *every, *loss)
+    several = torch.stack([ids, (ids + 1) % VOCAB], -1)
+    values = check("linear_gather", hidden, *head, several, mask)
+    check("linear_gather_gradient", hidden, values, None, *head, *every, several)
+    check("linear_gather_gradient", hidden, values, into, *head, *some, several)
 
 
 def refused(match, error=ValueError, **change):
