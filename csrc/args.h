@@ -24,6 +24,7 @@ struct Batch {
   DType dtype;
   float temperature;          // of all rows, where
   const float* temperatures;  // is null
+  float softcap;              // x~ = softcap tanh(x / softcap), before the temperature; 0: x itself
   View logits;
   const int64_t* target_ids;
 };

@@ -206,6 +206,7 @@ def with_rows(
     target_ids: Tensor,
     *,
     temperature: float | Tensor,
+    logit_softcap: float | None,
     topk_ids: Tensor | None,
     topk_logprobs: Tensor | None,
     old_logits: Tensor | None,
@@ -244,7 +245,11 @@ def with_rows(
         batch,
         by_response=by_response,
         rows=rows,
-        options=Options(number, with_entropy or objective.entropy_coef != 0),
+        options=Options(
+            number,
+            with_entropy or objective.entropy_coef != 0,
+            checks.softcap_number(logit_softcap, batch.backend),
+        ),
         loss_scale=checks.loss_scale(loss_scale, logits),
         inplace=inplace,
     )
@@ -255,7 +260,9 @@ def targets_of(
     target_ids: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
+    logit_softcap: float | None,
     with_entropy: bool,
+    backend: str,
 ) -> tuple[Targets, Options]:
     """The same for `selected_logprobs`."""
     token_mask = None if mask is None else checks.mask_of(mask, logits)
@@ -266,4 +273,5 @@ def targets_of(
     else:
         number = checks.temperature_number(temperature)
     ids = checks.targets(target_ids, logits)
-    return Targets(ids, token_mask, temperatures), Options(number, with_entropy)
+    softcap = checks.softcap_number(logit_softcap, backend)
+    return Targets(ids, token_mask, temperatures), Options(number, with_entropy, softcap)

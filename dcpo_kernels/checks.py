@@ -279,6 +279,19 @@ def temperature_number(temperature: float) -> float:
     return float(temperature)
 
 
+def softcap_number(softcap: float | None, backend: str) -> float:
+    """0 where there is none. Its range is what float32 can divide by."""
+    if softcap is None:
+        return 0.0
+    if not isinstance(softcap, Real) or isinstance(softcap, bool):
+        raise TypeError(f"logit_softcap must be a number or None, got {softcap!r}")
+    if not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"logit_softcap={softcap} must be > 0 and finite, from 1e-30 to 1e30")
+    if backend in ("triton", "cuda"):
+        raise NotImplementedError(f"logit_softcap is not there yet for backend={backend!r}")
+    return float(softcap)
+
+
 def temperatures(temperature: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:
     """Looked at on a CPU; on a GPU a temperature that is not > 0 gives NaN."""
     if not temperature.is_floating_point():

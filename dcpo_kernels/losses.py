@@ -23,6 +23,7 @@ def policy_loss(
     lengths: Tensor | Sequence[int] | None = None,
     objective: Objective | TokenLoss | None = None,
     temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
@@ -66,6 +67,9 @@ def policy_loss(
         aggregation other than token-mean).
     temperature: > 0; the loss is that of softmax(logits / temperature). A number, or a tensor with
         one per token or per response.
+    logit_softcap: > 0; the logits are logit_softcap * tanh(logits / logit_softcap) before anything
+        else, old_logits too (Gemma 2's final_logit_softcapping, arXiv 2408.00118), so hand over
+        those that the model did not cap. A logit of -inf stays one, and its probability 0.
     ref_logprobs: per token; needed when objective.kl_coef != 0.
     importance_weights: per token or response; multiply the policy term only, not KL and entropy.
         For the mismatch between the engine that sampled and the one that trains.
@@ -159,6 +163,7 @@ def policy_loss(
         logits,
         target_ids,
         temperature=temperature,
+        logit_softcap=logit_softcap,
         topk_ids=topk_ids,
         topk_logprobs=topk_logprobs,
         old_logits=old_logits,
@@ -252,6 +257,7 @@ def selected_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
     kept_ids: Tensor | None = None,
     kept_offsets: Tensor | None = None,
     with_entropy: bool = False,
@@ -268,6 +274,7 @@ def selected_logprobs(
     mask: [N] or [B, T]; where it is 0 the row is not read, its results are 0, and it may hold any
         id.
     temperature: > 0, applied in float32; a number, or a tensor with one per token.
+    logit_softcap: as in `policy_loss`.
     kept_ids, kept_offsets: as in `policy_loss`; a target that is none of its row's has NaN.
     with_entropy: also return the entropy in nats.
     inplace: backward overwrites the logits with their gradient; a second reader of the logits then
@@ -287,5 +294,7 @@ def selected_logprobs(
         kept = replay.kept(logits, target_ids, kept_ids, kept_offsets)
         logits, target_ids = replay.kept_logits(logits, kept, inplace), kept.place
         inplace = True  # they are a copy
-    targets, options = arguments.targets_of(logits, target_ids, mask, temperature, with_entropy)
+    targets, options = arguments.targets_of(
+        logits, target_ids, mask, temperature, logit_softcap, with_entropy, backend
+    )
     return passes.logprobs_of(logits, targets, options, inplace, backend)

@@ -200,9 +200,9 @@ def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, Row
 def _write(ctx, coefficients: RowCoefficients, logits: Tensor, factor: Tensor | None) -> Tensor:
     """What a backward of two passes returns."""
     if not ctx.inplace:
-        return ops.row_gradient(logits, *coefficients, factor, ctx.temperature, ctx.backend)
+        return ops.row_gradient(logits, *coefficients, factor, *ctx.scaling, ctx.backend)
     gradient = logits.detach()
-    ops.row_gradient_(gradient, *coefficients, factor, ctx.temperature, ctx.backend)
+    ops.row_gradient_(gradient, *coefficients, factor, *ctx.scaling, ctx.backend)
     torch.autograd.graph.increment_version(gradient)
     return gradient
 
@@ -213,7 +213,7 @@ class _TwoPasses(torch.autograd.Function):
         out, coefficients = _two_passes(logits, batch)
         without_zeros(ctx)
         ctx.save_for_backward(logits, *coefficients)
-        ctx.temperature = batch.options.temperature
+        ctx.scaling = batch.options.temperature, batch.options.softcap
         ctx.inplace, ctx.backend = batch.inplace, batch.backend
         loss, *others = out
         ctx.mark_non_differentiable(*others)
@@ -364,7 +364,8 @@ class _SelectedLogprobs(torch.autograd.Function):
         stats = RowStats(*ops.row_stats(logits, *targets, *options, backend))
         without_zeros(ctx)
         ctx.save_for_backward(logits, *targets, *stats)
-        ctx.temperature, ctx.inplace, ctx.backend = options.temperature, inplace, backend
+        ctx.scaling = options.temperature, options.softcap
+        ctx.inplace, ctx.backend = inplace, backend
         return stats.logprobs, stats.entropy
 
     @staticmethod

@@ -57,7 +57,7 @@ def arguments_of(
     shape = logits.shape[:-1]
     ids = (torch.arange(shape.numel()) % 19).view(shape)
     one, two, three = torch.randn(3, *shape)
-    numbers, options = objective.numbers, Options(0.7, True)
+    numbers, options = objective.numbers, Options(0.7, True, 5.0 if optional else 0.0)
     count = shape[0] if len(shape) == 2 else 3
     grouping = Grouping(
         mask=three > 0 if optional or len(shape) == 2 else None,
@@ -97,7 +97,7 @@ def arguments_of(
         )
         if not optional:
             ends = ends._replace(entropy=None, h=None)
-        return logits, *ends, torch.tensor(0.37) if optional else None, 0.7
+        return logits, *ends, torch.tensor(0.37) if optional else None, 0.7, options.softcap
     if op == "multiply_":
         return logits, torch.tensor(0.37)
     if op == "decide":

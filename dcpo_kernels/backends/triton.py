@@ -267,6 +267,7 @@ def row_gradient(
     coefficients: records.RowCoefficients,
     factor: Tensor | None,
     temperature: float,
+    softcap: float,
 ) -> None:
     (strides, aligned), (dx_strides, dx_aligned) = _layout(logits), _layout(gradient)
     k = coefficients.target_ids.numel() // row_count(logits)

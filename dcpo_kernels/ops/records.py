@@ -39,6 +39,7 @@ class Tokens(NamedTuple):
 class Options(NamedTuple):
     temperature: float
     with_entropy: bool
+    softcap: float = 0.0  # x~ = softcap tanh(x / softcap) before the temperature; 0: x itself
 
 
 class Results(NamedTuple):
@@ -67,7 +68,8 @@ class Targets(NamedTuple):
 
 class RowStats(NamedTuple):
     """lse = row_max / temperature + log_sum, in two parts: added up, a row shifted by 1e4 would
-    lose four digits. [N] float32, float64 for float64 logits."""
+    lose four digits. Under a softcap they are of the capped logits. [N] float32, float64 for
+    float64 logits."""
 
     logprobs: Tensor  # of the shape of target_ids
     entropy: Tensor  # [0] unless asked for
@@ -76,8 +78,9 @@ class RowStats(NamedTuple):
 
 
 class RowCoefficients(NamedTuple):
-    """dx_j = factor/T [sum_k g_k (1[j = y_k] - p_j) - h p_j (log p_j + H)]. [N] float32, float64
-    for float64 logits. A row with g = h = 0 is not read, its gradient is 0."""
+    """dx_j = factor/T [sum_k g_k (1[j = y_k] - p_j) - h p_j (log p_j + H)], with a softcap times
+    dx~_j/dx_j. [N] float32, float64 for float64 logits. A row with g = h = 0 is not read, its
+    gradient is 0."""
 
     target_ids: Tensor  # [N] or [N, K] int64; an id may come more than once
     temperatures: Tensor | None  # None: the number `temperature` for all of them
