@@ -131,6 +131,7 @@ def linear_policy_loss(
         like,
         target_ids,
         temperature=_unscaled(temperature, logit_scale),
+        logit_softcap=_unscaled(logit_softcap, logit_scale),
         topk_ids=topk_ids,
         topk_logprobs=topk_logprobs,
         old_logits=old_logits,
@@ -175,14 +176,19 @@ def linear_selected_logprobs(
     )
     checks.check_transforms("linear_selected_logprobs", hidden)
     like, temperature = logits_like(linear.hidden, linear.head), _unscaled(temperature, logit_scale)
+    logit_softcap = _unscaled(logit_softcap, logit_scale)
     if kept_ids is not None:
         kept = replay.kept(like, target_ids, kept_ids, kept_offsets)
         gathered = linear_passes.gathered(linear, kept.ids, _mask_of(mask, like))
         logits = replay.padded(gathered, kept)
-        targets, options = arguments.targets_of(logits, kept.place, mask, temperature, with_entropy)
+        targets, options = arguments.targets_of(
+            logits, kept.place, mask, temperature, logit_softcap, with_entropy, backend
+        )
         return passes.logprobs_of(logits, targets, options, True, backend)
     like.requires_grad_(linear_passes.wants_gradient(linear))
-    targets, options = arguments.targets_of(like, target_ids, mask, temperature, with_entropy)
+    targets, options = arguments.targets_of(
+        like, target_ids, mask, temperature, logit_softcap, with_entropy, backend
+    )
     return linear_passes.logprobs_of_linear(linear, targets, options, backend)
 
 
@@ -278,8 +284,7 @@ def _whole(weight: Any) -> Tensor:
     return weight.full_tensor(grad_placements=[Partial("avg")] * len(placements))
 
 
-def _unscaled(temperature: float | Tensor, logit_scale: float) -> float | Tensor:
-    """What divides the product: softmax(scale * x / T)."""
-    if logit_scale == 1.0 or not isinstance(temperature, (Real, Tensor)):
-        return temperature
-    return temperature / logit_scale
+def _unscaled(x: Any, logit_scale: float) -> Any:
+    """A temperature or a soft cap for what is not yet scaled: with c the cap and s the scale,
+    c tanh(s x / c) / T is (c / s) tanh(x / (c / s)) / (T / s)."""
+    return x if logit_scale == 1.0 or not isinstance(x, (Real, Tensor)) else x / logit_scale

@@ -136,6 +136,7 @@ def _written(
             mask,
             factor,
             options.temperature,
+            options.softcap,
             backend,
         )
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels import arguments, ops
+from dcpo_kernels import arguments, ops, vocab_parallel
 from dcpo_kernels.function import decide_by
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.ops.records import (
@@ -23,6 +23,7 @@ from dcpo_kernels.ops.records import (
     Tokens,
     replaced,
 )
+from dcpo_kernels.vocab_parallel import Shard
 
 
 class PolicyLoss(NamedTuple):
@@ -192,18 +193,44 @@ def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, Row
     its rows are read."""
     batch, responses = with_weights(batch, batch.rows.target_ids)
     targets = targets_of_pass(batch, responses)
-    stats = RowStats(*ops.row_stats(logits, *targets, *batch.options, batch.backend))
+    stats = read_rows(logits, targets, batch.options, batch.backend, batch.shard)
     results, coefficients = decided_rows(stats, batch, responses)
     return output(results, responses, batch), coefficients
 
 
+def read_rows(
+    logits: Tensor, targets: Targets, options: Options, backend: str, shard: Shard | None
+) -> RowStats:
+    if shard is None:
+        return RowStats(*ops.row_stats(logits, *targets, *options, backend))
+    part, rows = logits[..., : shard.width], logits.shape[:-1]
+
+    def read(own: Targets) -> RowStats:
+        return RowStats(*ops.row_stats(part, *own, *options, backend))
+
+    return vocab_parallel.whole_stats(read, targets, rows, options, shard)
+
+
 def _write(ctx, coefficients: RowCoefficients, logits: Tensor, factor: Tensor | None) -> Tensor:
     """What a backward of two passes returns."""
-    if not ctx.inplace:
+    shard = ctx.shard
+    if not ctx.inplace and shard is None:
         return ops.row_gradient(logits, *coefficients, factor, *ctx.scaling, ctx.backend)
-    gradient = logits.detach()
-    ops.row_gradient_(gradient, *coefficients, factor, *ctx.scaling, ctx.backend)
-    torch.autograd.graph.increment_version(gradient)
+    gradient = logits.detach() if ctx.inplace else logits.detach().clone()
+
+    def write(rows: Tensor, coefficients: RowCoefficients) -> None:
+        ops.row_gradient_(rows, *coefficients, factor, *ctx.scaling, ctx.backend)
+
+    if shard is None:
+        write(gradient, coefficients)
+    else:
+        gradient[..., shard.width :] = 0  # padding
+        own = vocab_parallel.local_ids(coefficients.target_ids, shard)
+        if shard.width:
+            own = replaced(coefficients, target_ids=own)
+            vocab_parallel.write_part(write, gradient[..., : shard.width], own)
+    if ctx.inplace:
+        torch.autograd.graph.increment_version(gradient)
     return gradient
 
 
@@ -214,6 +241,7 @@ class _TwoPasses(torch.autograd.Function):
         without_zeros(ctx)
         ctx.save_for_backward(logits, *coefficients)
         ctx.scaling = batch.options.temperature, batch.options.softcap
+        ctx.shard = batch.shard
         ctx.inplace, ctx.backend = batch.inplace, batch.backend
         loss, *others = out
         ctx.mark_non_differentiable(*others)
@@ -234,7 +262,7 @@ def _by_function(logits: Tensor, batch: arguments.Batch) -> PolicyLoss:
     """Around a function of the user's: the read under autograd, so that backward writes."""
     batch, responses = with_weights(batch, batch.rows.target_ids)
     targets = targets_of_function(batch, responses)
-    read = logprobs_of(logits, targets, batch.options, batch.inplace, batch.backend)
+    read = logprobs_of(logits, targets, batch.options, batch.inplace, batch.backend, batch.shard)
     return loss_by_function(*read, batch, responses)
 
 
@@ -271,7 +299,7 @@ def loss_by_function(
 def loss_of_logits(logits: Tensor, batch: arguments.Batch) -> PolicyLoss:
     if batch.objective.function is not None:
         return _by_function(logits, batch)
-    two_passes = batch.ratio_by_response
+    two_passes = batch.ratio_by_response or batch.shard is not None
     if torch.is_grad_enabled() and logits.requires_grad:
         out = PolicyLoss(*(_TwoPasses if two_passes else _OnePass).apply(logits, batch))
     else:
@@ -360,11 +388,11 @@ def coefficients_of(
 
 class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, options, inplace, backend):
-        stats = RowStats(*ops.row_stats(logits, *targets, *options, backend))
+    def forward(ctx, logits, targets, options, inplace, backend, shard):
+        stats = read_rows(logits, targets, options, backend, shard)
         without_zeros(ctx)
         ctx.save_for_backward(logits, *targets, *stats)
-        ctx.scaling = options.temperature, options.softcap
+        ctx.scaling, ctx.shard = (options.temperature, options.softcap), shard
         ctx.inplace, ctx.backend = inplace, backend
         return stats.logprobs, stats.entropy
 
@@ -376,15 +404,22 @@ class _SelectedLogprobs(torch.autograd.Function):
         logits, target_ids, mask, temperatures, *stats = ctx.saved_tensors
         targets = Targets(target_ids, mask, temperatures)
         coefficients = coefficients_of(RowStats(*stats), targets, grad_logprobs, grad_entropy)
-        return _write(ctx, coefficients, logits, None), None, None, None, None
+        return _write(ctx, coefficients, logits, None), None, None, None, None, None
 
 
 def logprobs_of(
-    logits: Tensor, targets: Targets, options: Options, inplace: bool, backend: str
+    logits: Tensor,
+    targets: Targets,
+    options: Options,
+    inplace: bool,
+    backend: str,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if torch.is_grad_enabled() and logits.requires_grad:
-        logprobs, entropy = _SelectedLogprobs.apply(logits, targets, options, inplace, backend)
+        logprobs, entropy = _SelectedLogprobs.apply(
+            logits, targets, options, inplace, backend, shard
+        )
     else:
         with torch.no_grad():
-            logprobs, entropy, _, _ = ops.row_stats(logits, *targets, *options, backend)
+            logprobs, entropy, _, _ = read_rows(logits, targets, options, backend, shard)
     return logprobs, entropy if options.with_entropy else None

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dcpo_kernels.vocab_parallel import Shard, gathered, local_ids
+
 
 class Kept(NamedTuple):
     """The kept ids of each row, and its target among them."""
@@ -44,6 +46,29 @@ class _Gather(torch.autograd.Function):
         return whole, None, None
 
 
+class _GatherParts(torch.autograd.Function):
+    """The same where each rank has some of the columns: every rank gets all of them."""
+
+    @staticmethod
+    def forward(ctx, logits, ids, shard):
+        own = local_ids(ids, shard)
+        ctx.save_for_backward(own)
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        if shard.width:
+            found = torch.where(own >= 0, logits.gather(-1, own.clamp(min=0)), -torch.inf)
+        else:
+            found = logits.new_full(ids.shape, -torch.inf)
+        return gathered(found, shard.group, "the kept logits").amax(0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (own,) = ctx.saved_tensors
+        *rows, columns = ctx.shape
+        whole = gradient.new_zeros(*rows, columns + 1)  # the last is for what other ranks have
+        whole.scatter_(-1, torch.where(own < 0, columns, own), gradient)
+        return whole[..., :columns], None, None
+
+
 class _Padded(torch.autograd.Function):
     """-inf in the padding, NaN in rows whose target was not found. The padding passes on what the
     row's first id gets, whose place it has: so each place has one gradient, whatever the order."""
@@ -61,9 +86,11 @@ class _Padded(torch.autograd.Function):
         return torch.where(padding, gradient.gather(-1, first), gradient), None, None
 
 
-def kept_logits(logits: Tensor, kept: Kept, inplace: bool) -> Tensor:
+def kept_logits(logits: Tensor, kept: Kept, inplace: bool, shard: Shard | None) -> Tensor:
     """[.., S]"""
-    return padded(_Gather.apply(logits, kept.ids, inplace), kept)
+    if shard is None:
+        return padded(_Gather.apply(logits, kept.ids, inplace), kept)
+    return padded(_GatherParts.apply(logits, kept.ids, shard), kept)
 
 
 def padded(values: Tensor, kept: Kept) -> Tensor:

@@ -141,6 +141,30 @@ def test_losses_on_slow_backends(name, use_backend):
     check(name, use_backend, list(OBJECTIVES).index(name))
 
 
+@on_cpu
+@pytest.mark.parametrize("name", ["dcpo", "gspo", "dppo-tv"])
+def test_what_a_model_does_to_its_logits(name, use_backend):
+    """logits = cap * tanh(scale * x / cap), and logprobs from them too."""
+    case = Case(OBJECTIVES[name](entropy_coef=0.05), layout="padded", temperature="response")
+    if name == "dppo-tv":  # as this form takes them: neither scaled nor capped
+        case.arguments["old_logits"] = case.arguments["old_logits"] * 2
+    given = {"logit_scale": 0.5, "logit_softcap": 3.0, "memory_limit": rows(7)}
+
+    def capped(logits):
+        return 3 * torch.tanh(0.5 * logits / 3)
+
+    old = case.arguments.get("old_logits")
+    of_oracle = {} if old is None else {"old_logits": capped(old)}
+    close(case.run(use_backend, **given), case.oracle(change=capped, **of_oracle))
+    base, weight, bias = case.leaves()
+    ids, mask = case.arguments["target_ids"], case.arguments["mask"]
+    hidden = torch.where(mask[..., None], case.problem.view(base), 0.0)
+    with torch.no_grad():
+        found, _ = dk.linear_selected_logprobs(hidden, weight, ids, bias=bias, mask=mask, **given)
+        wanted, _ = dk.selected_logprobs(capped(F.linear(hidden, weight, bias)), ids, mask=mask)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def by_hand(tokens):
     """A surrogate with an entropy bonus, as a user writes one."""
     ratio = (tokens.logprobs - tokens.old_logprobs).exp()
@@ -464,7 +488,7 @@ def test_opcheck(most, use_backend):
     kept_logits = ops.linear_row_stats(*given, True, use_backend)[-1]
     g = torch.where(mask, logprobs, 0.0)
     pull = RowCoefficients(ids, None, row_max, log_sum, entropy, g, g)
-    rest = (*pull, mask, None, 0.7, use_backend)
+    rest = (*pull, mask, None, 0.7, 0.0, use_backend)
     check("linear_row_gradient", hidden, kept_logits, into, *head, *some, *rest)
     check("linear_row_gradient", hidden, None, None, *head, *every, *rest)
     tokens = Tokens(case.arguments["old_logprobs"], case.arguments["advantages"], g, None, None)

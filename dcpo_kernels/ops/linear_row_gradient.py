@@ -28,7 +28,7 @@ def _pulled(coefficients: RowCoefficients, count: int) -> Tensor:
 @products.plainly
 def _launch(hidden, kept, into, *flat):
     head, wanted, coefficients, rest = unpack(flat, Head, Wanted, RowCoefficients)
-    mask, factor, temperature, backend = rest
+    mask, factor, temperature, softcap, backend = rest
     products.check_head(hidden, head, into)
     like = products.logits_like(hidden, head)
     count, k = like.shape[:-1].numel(), targets_per_row(like, coefficients.target_ids)
@@ -45,7 +45,8 @@ def _launch(hidden, kept, into, *flat):
     for part, room in products.rooms(parts, hidden, head, kept):
         logits = room if kept is not None else products.logits_of(rows[part], head, room)
         of_part = part_of(chosen_coefficients, part)
-        backends.kernels(backend).row_gradient(logits, logits, of_part, factor, temperature)
+        kernels = backends.kernels(backend)
+        kernels.row_gradient(logits, logits, of_part, factor, temperature, softcap)
         backward.add(part, logits, None if has_gradient is None else has_gradient[part])
     return tuple(backward.gradients(chosen, hidden))
 
@@ -59,7 +60,7 @@ def _fake(hidden, kept, into, *flat):
 linear_row_gradient = define(
     f"linear_row_gradient(Tensor hidden, Tensor(a!)? kept_logits, Tensor(b!)? into, "
     f"{schema_of(Head, Wanted, RowCoefficients)}, Tensor? mask, Tensor? factor, float temperature, "
-    f"str backend) -> ({schema_of(HeadGradients)})",
+    f"float softcap, str backend) -> ({schema_of(HeadGradients)})",
     _launch,
     _fake,
 )
