@@ -16,7 +16,7 @@ from dcpo_kernels.bench.linear_inputs import RESPONSES, Exact, LinearCase
 from dcpo_kernels.bench.linear_rows import PEERS, PLAIN, PRODUCTS, LinearCall, Products, Way, ways
 from dcpo_kernels.bench.records import BadRecord, Conditions, Record, Times
 from dcpo_kernels.bench.screen import Bar, Screen
-from dcpo_kernels.bench.table import cases_of, duration, marks_of, named, size
+from dcpo_kernels.bench.table import WIDE, cases_of, duration, marks_of, named, size
 
 # (tokens, width, vocabulary) and dtypes that are measured where none is asked for.
 SHAPES = {
@@ -238,13 +238,16 @@ def _admit(
 
 def show(screen: Screen, record: LinearRecord, old: LinearRecord | None) -> int:
     """The tables, from the record alone; the exit status."""
-    header = ["", "median", "95 % of it", f"x {PRODUCTS}", "extra memory", "by the rule"]
-    header += ["d_hidden", "d_weight"]
+    header = ["", "median", "x products", "memory", "d_hidden", "d_weight"]
+    header += ["by the rule", "95 % of it"]
     for case, group in cases_of(record.rows):
         ceiling, plain = named(group, PRODUCTS), named(group, PLAIN)
         lines = [_line(row, ceiling, plain) for row in group if row.seconds]
         if lines:
-            screen.table(case.describe(), header, lines)
+            lines.insert(0, header)
+            if screen.width < WIDE:
+                lines = [line[:-2] for line in lines]
+            screen.table(case.describe(), lines[0], lines[1:])
         for row in group:
             if row.status == "wrong":
                 screen.say(f"  WRONG: {row.name}: {row.note}", "red")
@@ -274,10 +277,10 @@ def _line(row: LinearRow, ceiling: LinearRow | None, plain: LinearRow | None) ->
     return [
         f"{row.name} {row.version}".strip() + (" !" if row.marks else ""),
         duration(s.median),
-        f"{duration(s.low)} - {duration(s.high)}" if s.samples > 1 else "timed once",
         f"{s.median / ceiling.seconds.median:.2f}" if ceiling and ceiling.seconds else "",
         size(row.extra_bytes or 0),
-        size(row.predicted_bytes) if row.predicted_bytes else "",
         over(row.hidden_error, plain and plain.hidden_error),
         over(row.weight_error, plain and plain.weight_error),
+        size(row.predicted_bytes) if row.predicted_bytes else "",
+        f"{duration(s.low)} - {duration(s.high)}" if s.samples > 1 else "timed once",
     ]

@@ -260,7 +260,7 @@ def _liger(of: Problem) -> Loss:
 
 
 CROSS_ENTROPY = LinearPeer(
-    "linear_cross_entropy of torch", "torch", None, _torch, "in 2 chunks; no policy loss"
+    "linear_cross_entropy, torch", "torch", None, _torch, "in 2 chunks; no policy loss"
 )
 PEERS = {
     peer.name: peer

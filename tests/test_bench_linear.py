@@ -130,8 +130,8 @@ def test_record(path):
             assert (row.hidden_error is None) == (row.name == PRODUCTS)
     if OURS == "cpu":
         for row in by_dtype["fp32"].values():
-            if row.predicted_bytes:
-                assert row.predicted_bytes <= row.extra_bytes <= 1.1 * row.predicted_bytes
+            if "chunk" in row.name:  # others copy the hidden states of rows, or move logits
+                assert row.predicted_bytes <= row.extra_bytes <= 1.05 * row.predicted_bytes
 
 
 def test_record_again(path, tmp_path, capsys):
