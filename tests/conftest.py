@@ -6,6 +6,10 @@ import importlib
 import importlib.util
 import os
 
+# Before torch is imported: OpenMP's threads wait asleep. With a worker per core they would spin on
+# a core that another worker's threads need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 
