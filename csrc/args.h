@@ -24,6 +24,7 @@ struct Batch {
   DType dtype;
   float temperature;          // of all rows, where
   const float* temperatures;  // is null
+  float softcap;              // x~ = softcap tanh(x / softcap), before the temperature; 0: x itself
   View logits;
   const int64_t* target_ids;
 };
@@ -43,7 +44,7 @@ struct FusedArgs : Batch {
   const float* rollout_logprobs;  // by the engine that sampled; null: no correction
   const float* entropy_weights;   // of the entropy term, as multiples of the weight; null: 1
   float *token_loss, *logprobs, *entropy, *ratio;  // entropy: null where nobody asked for it
-  int8_t* clipped;
+  int8_t *clipped, *has_gradient;
 };
 
 // Read only.

@@ -79,9 +79,9 @@ inline const Field<Objective> kObjectiveFields[] = {
 };
 #undef FIELD
 
-#define BATCH                                                                                      \
-  FIELD(rows), FIELD(vocab), FIELD(dtype), FIELD(temperature), FIELD(temperatures), FIELD(logits), \
-      FIELD(target_ids)
+#define BATCH                                                                       \
+  FIELD(rows), FIELD(vocab), FIELD(dtype), FIELD(temperature), FIELD(temperatures), \
+      FIELD(softcap), FIELD(logits), FIELD(target_ids)
 
 #define FIELD(name) DCPO_FIELD(FusedArgs, name)
 inline const Field<FusedArgs> kFusedFields[] = {
@@ -106,6 +106,7 @@ inline const Field<FusedArgs> kFusedFields[] = {
     FIELD(entropy),
     FIELD(ratio),
     FIELD(clipped),
+    FIELD(has_gradient),
 };
 #undef FIELD
 

@@ -54,6 +54,22 @@ DCPO_HD float temperature_of(const Batch& a, int64_t row) {
 
 DCPO_HD bool in_vocabulary(int64_t id, int64_t vocab) { return id >= 0 && id < vocab; }
 
+// ---- softcap ------------------------------------------------------------------------------------
+
+// A logit as the loss takes it: x~ = softcap tanh(x / softcap) (arXiv 2408.00118), and dx~/dx.
+// Without a softcap x itself, and 1. -inf stays what it is, a probability of 0; +inf becomes NaN.
+//
+// With E = e^(-2 |x| / softcap): tanh |x / softcap| = (1 - E) / (1 + E), and dx~/dx = 4 E / (1 +
+// E)^2. E = 2^n (1 + f P(f)), so E - 1 has all its digits beside E = 1 and E beside E = 0: what is
+// small stays itself, and what is saturated keeps its gradient.
+struct Logit {
+  float value, slope;
+};
+
+// P: (2^f - 1) / f on half a unit to either side, relative error 1.7e-8.
+constexpr float kExp2m1[] = {0x1.62e43p-1f,  0x1.ebfbdep-3f,  0x1.c6afap-5f,
+                             0x1.3b2bb6p-7f, 0x1.5ef3c8p-10f, 0x1.42ed84p-13f};
+
 // ---- read ---------------------------------------------------------------------------------------
 
 // Sums over a row or a part of it. With y = (x - max) log2(e) / T: sum_exp = sum 2^y, sum_exp_z =
@@ -85,6 +101,7 @@ DCPO_HD void write_idle(const FusedArgs& a, int64_t row) {
   if (a.entropy) a.entropy[row] = 0.0f;
   a.ratio[row] = 1.0f;
   a.clipped[row] = kClippedNone;
+  a.has_gradient[row] = 0;
 }
 
 // The scalars of a row that is read, loaded ahead of their use.
@@ -156,16 +173,17 @@ DCPO_HD RowGradient decide_row(const FusedArgs& a, int64_t row, const RowInputs&
   t.divergence = divergence;
   t.log_ratio = a.log_ratio ? a.log_ratio[row] : t.logprob - t.old_logprob;
   const Decision d = decide(a.objective, t);
+  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * entropy_weight * d.h,
+                                            s.row_max, log_sum_of(s), entropy, temperature);
+  c.divergence_coef = in.weight * d.divergence_coef;
   if (writes) {
     a.token_loss[row] = d.loss;
     a.logprobs[row] = t.logprob;
     if (kEntropy && a.entropy) a.entropy[row] = entropy;
     a.ratio[row] = d.ratio;
     a.clipped[row] = d.clipped;
+    a.has_gradient[row] = !c.zero || c.divergence_coef != 0.0f;
   }
-  RowGradient c = row_gradient_of<kEntropy>(in.weight * d.g, in.weight * entropy_weight * d.h,
-                                            s.row_max, log_sum_of(s), entropy, temperature);
-  c.divergence_coef = in.weight * d.divergence_coef;
   return c;
 }
 
@@ -187,26 +205,27 @@ DCPO_HD float logprob_of(const RowGradient& c, float x) {
 // The gradient of one logit. 1 - p comes from expm1: as a difference it has no digits left where p
 // is near 1. p log p is 0 where p is.
 template <bool kEntropy>
-DCPO_HD float gradient_at(const RowGradient& c, float x, bool is_target) {
-  const float logp = logprob_of(c, x);
+DCPO_HD float gradient_at(const RowGradient& c, Logit x, bool is_target) {
+  const float logp = logprob_of(c, x.value);
   float value = c.g * (is_target ? -expm1f(logp) : -expf(logp));
   if (kEntropy) {
     const float p = expf(logp);
     value -= c.h * (p > 0.0f || !(logp == logp) ? p * (logp + c.entropy) : 0.0f);
   }
-  return value / c.temperature;
+  return value * x.slope / c.temperature;
 }
 
 // The gradient of the i-th of a row's k targets: its own g, with those of the same id, times 1 - p,
 // minus p times all others.
 DCPO_HD float gradient_at_target(const GradientArgs& a, int64_t row, int64_t i, RowGradient c,
-                                 float x) {
+                                 Logit x) {
   const int64_t* ids = a.target_ids + row * a.k;
   float own = 0.0f, others = 0.0f;
   for (int64_t j = 0; j < a.k; ++j) (ids[j] == ids[i] ? own : others) += a.g[row * a.k + j];
   const float factor = a.factor ? *a.factor : 1.0f;
   c.g = factor * own;
-  return gradient_at<true>(c, x, true) - factor * others * expf(logprob_of(c, x)) / c.temperature;
+  return gradient_at<true>(c, x, true) -
+         factor * others * expf(logprob_of(c, x.value)) * x.slope / c.temperature;
 }
 
 }  // namespace dcpo

@@ -5,6 +5,7 @@ from dcpo_kernels._version import __version__
 from dcpo_kernels.advantages import SmoothAdvantage, group_advantage, overlong_punishment
 from dcpo_kernels.critic import gae, value_loss
 from dcpo_kernels.function import TokenValues
+from dcpo_kernels.linear import linear_policy_loss, linear_selected_logprobs
 from dcpo_kernels.losses import (
     PolicyLoss,
     policy_loss,
@@ -60,6 +61,8 @@ __all__ = [
     "icepop",
     "inverse_sqrt",
     "ipo",
+    "linear_policy_loss",
+    "linear_selected_logprobs",
     "luspo",
     "overlong_punishment",
     "policy_loss",

@@ -12,6 +12,7 @@ from torch import Tensor
 from dcpo_kernels import checks, presets
 from dcpo_kernels.objective import AGGREGATIONS, WHOLE_RESPONSE, Objective
 from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens, replaced
+from dcpo_kernels.vocab_parallel import Shard
 
 
 class Batch(NamedTuple):
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
     options: Options
     loss_scale: float | Tensor | None
     inplace: bool
+    shard: Shard | None = None  # of the vocabulary; its logits are this rank's
 
 
 _DEFAULT = presets.dcpo()
@@ -206,17 +208,17 @@ def with_rows(
     target_ids: Tensor,
     *,
     temperature: float | Tensor,
+    logit_softcap: float | None,
     topk_ids: Tensor | None,
     topk_logprobs: Tensor | None,
     old_logits: Tensor | None,
     loss_scale: float | Tensor | None,
     with_entropy: bool,
     inplace: bool,
+    shard: Shard | None = None,
 ) -> Batch:
     """And what is said of the logits."""
     objective, by_response = batch.objective, dict(batch.by_response)
-    if inplace:
-        checks.check_in_place(logits)
     number, temperatures = 1.0, None
     if isinstance(temperature, Tensor):
         lengths = batch.grouping.lengths
@@ -244,9 +246,14 @@ def with_rows(
         batch,
         by_response=by_response,
         rows=rows,
-        options=Options(number, with_entropy or objective.entropy_coef != 0),
+        options=Options(
+            number,
+            with_entropy or objective.entropy_coef != 0,
+            checks.softcap_number(logit_softcap, batch.backend),
+        ),
         loss_scale=checks.loss_scale(loss_scale, logits),
         inplace=inplace,
+        shard=shard,
     )
 
 
@@ -255,15 +262,11 @@ def targets_of(
     target_ids: Tensor,
     mask: Tensor | None,
     temperature: float | Tensor,
+    logit_softcap: float | None,
     with_entropy: bool,
-    inplace: bool,
     backend: str,
-) -> tuple[Targets, Options, str]:
+) -> tuple[Targets, Options]:
     """The same for `selected_logprobs`."""
-    backend = checks.check_logits("logits", logits, backend)
-    checks.check_transforms("selected_logprobs", logits)
-    if inplace:
-        checks.check_in_place(logits)
     token_mask = None if mask is None else checks.mask_of(mask, logits)
     number, temperatures = 1.0, None
     if isinstance(temperature, Tensor):
@@ -272,4 +275,5 @@ def targets_of(
     else:
         number = checks.temperature_number(temperature)
     ids = checks.targets(target_ids, logits)
-    return Targets(ids, token_mask, temperatures), Options(number, with_entropy), backend
+    softcap = checks.softcap_number(logit_softcap, backend)
+    return Targets(ids, token_mask, temperatures), Options(number, with_entropy, softcap)

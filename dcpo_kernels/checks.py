@@ -57,17 +57,21 @@ def check_logits(name: str, logits: Tensor, backend: str) -> str:
     if logits.shape[-1] < 1:
         raise ValueError(f"{name} has an empty vocabulary: shape {list(logits.shape)}")
     backend = backends.choose(backend, logits.device.type)
-    dtypes = (*LOGITS_DTYPES, torch.float64) if backend == "reference" else LOGITS_DTYPES
-    if logits.dtype not in dtypes:
-        raise TypeError(
-            f"{name} must be {_names(dtypes)} for backend={backend!r}, got {_names([logits.dtype])}"
-        )
+    check_dtype(name, logits, backend)
     if backend != "reference" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous along the vocabulary, got strides {list(logits.stride())}; "
             f"rows may be strided"
         )
     return backend
+
+
+def check_dtype(name: str, x: Tensor, backend: str) -> None:
+    dtypes = (*LOGITS_DTYPES, torch.float64) if backend == "reference" else LOGITS_DTYPES
+    if x.dtype not in dtypes:
+        raise TypeError(
+            f"{name} must be {_names(dtypes)} for backend={backend!r}, got {_names([x.dtype])}"
+        )
 
 
 def check_in_place(logits: Tensor) -> None:
@@ -273,6 +277,19 @@ def temperature_number(temperature: float) -> float:
     if not _TINY <= temperature <= _HUGE:
         raise ValueError(f"temperature={temperature} must be > 0 and finite in float32")
     return float(temperature)
+
+
+def softcap_number(softcap: float | None, backend: str) -> float:
+    """0 where there is none. Its range is what float32 can divide by."""
+    if softcap is None:
+        return 0.0
+    if not isinstance(softcap, Real) or isinstance(softcap, bool):
+        raise TypeError(f"logit_softcap must be a number or None, got {softcap!r}")
+    if not 1e-30 <= softcap <= 1e30:
+        raise ValueError(f"logit_softcap={softcap} must be > 0 and finite, from 1e-30 to 1e30")
+    if backend in ("triton", "cuda"):
+        raise NotImplementedError(f"logit_softcap is not there yet for backend={backend!r}")
+    return float(softcap)
 
 
 def temperatures(temperature: Tensor, logits: Tensor, mask: Tensor | None) -> Tensor:

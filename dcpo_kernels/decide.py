@@ -38,11 +38,12 @@ class Decision(NamedTuple):
     log-probabilities."""
 
     loss: Tensor  # differentiable in the log-probabilities, the entropy and the divergence
-    g: Tensor  # dloss/dlogp; dloss/dH is -entropy_coef, and a penalty on a top-K or full divergence
-    # has its gradient through that, as has a centre
+    g: Tensor  # dloss/dlogp; dloss/dH is -entropy_coef
     ratio: Tensor
     clipped: Tensor  # int8, CLIP_*
     through_ratio: Tensor  # the part of g that comes through the ratio
+    divergence_coef: Tensor  # dloss/ddivergence of a centre or a penalty on a top-K or full
+    # divergence; a binary one's is in g
 
 
 def clip_bounds(o: Numbers, old_logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,10 +277,11 @@ def decide(
     if importance_weights is not None and o.surrogate != GAMMA:
         loss = loss * importance_weights
         g = g * importance_weights
+    divergence_coef = torch.zeros_like(g)
     if o.score_centering:
         assert divergence is not None
-        pull = A if importance_weights is None else A * importance_weights
-        loss = loss + pull * divergence
+        divergence_coef = A if importance_weights is None else A * importance_weights
+        loss = loss + divergence_coef * divergence
     through_ratio = g
     if o.surrogate in (REINFORCE, GAMMA):
         through_ratio = torch.zeros_like(g)
@@ -306,4 +308,13 @@ def decide(
         if is_binary(o):
             slope = binary_slope(o.divergence, logprobs, old_logprobs)
             g = g + torch.where(excess <= 0, 0.0, o.penalty_coef * slope)
-    return Decision(loss, g.detach(), r, clipped.to(torch.int8), through_ratio.detach())
+        else:
+            divergence_coef = torch.where(excess <= 0, 0.0, o.penalty_coef)  # a NaN exceeds
+    return Decision(
+        loss,
+        g.detach(),
+        r,
+        clipped.to(torch.int8),
+        through_ratio.detach(),
+        divergence_coef.detach(),
+    )

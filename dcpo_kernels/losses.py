@@ -4,13 +4,18 @@ nothing else, and `selected_logprobs` for those that keep a loss of their own.""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dcpo_kernels import arguments, backends, checks, passes, replay
+from dcpo_kernels import arguments, backends, checks, passes, replay, vocab_parallel
 from dcpo_kernels.function import TokenLoss
 from dcpo_kernels.objective import Objective
 from dcpo_kernels.passes import PolicyLoss
+from dcpo_kernels.vocab_parallel import VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def policy_loss(
@@ -23,6 +28,7 @@ def policy_loss(
     lengths: Tensor | Sequence[int] | None = None,
     objective: Objective | TokenLoss | None = None,
     temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
     ref_logprobs: Tensor | None = None,
     importance_weights: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
@@ -43,6 +49,7 @@ def policy_loss(
     drop_nonfinite: bool = False,
     with_entropy: bool = False,
     inplace: bool = False,
+    vocab_group: ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """A policy-gradient loss over vocabulary logits: every logit is read once, its gradient written
@@ -66,6 +73,9 @@ def policy_loss(
         aggregation other than token-mean).
     temperature: > 0; the loss is that of softmax(logits / temperature). A number, or a tensor with
         one per token or per response.
+    logit_softcap: > 0; the logits are logit_softcap * tanh(logits / logit_softcap) before anything
+        else, old_logits too (Gemma 2's final_logit_softcapping, arXiv 2408.00118), so hand over
+        those that the model did not cap. A logit of -inf stays one, and its probability 0.
     ref_logprobs: per token; needed when objective.kl_coef != 0.
     importance_weights: per token or response; multiply the policy term only, not KL and entropy.
         For the mismatch between the engine that sampled and the one that trains.
@@ -106,6 +116,11 @@ def policy_loss(
     inplace: the forward overwrites the logits with their gradient (gspo: the backward does), so no
         second [N, V] tensor is ever allocated. Nothing else may read the logits: autograd raises
         for a backward that had saved them, and who reads their values sees gradients.
+    vocab_group: the process group over which the vocabulary is split: logits are this rank's
+        columns, everything else is whole and the same on all ranks, and so is what is returned
+        (`VocabShard` for columns that are not simply one rank's after the other's, or padded).
+        Logits that are a DTensor with Shard(-1) say it themselves. old_logits are columns too. Read
+        and written in two passes with one all-gather between them; all ranks must call.
     backend: "auto", or one of `dcpo info`.
 
     Returns a `PolicyLoss`; out.loss.backward() honours any upstream gradient. It runs once: a
@@ -117,19 +132,23 @@ def policy_loss(
     for an id outside the vocabulary (on a GPU: that row's loss is NaN, or with DCPO_KERNELS_CHECK=1
     the error).
     """
+    objective, found = arguments.objective_of(objective), None
+    said = {"objective": objective, "with_entropy": with_entropy}
+    logits, shard = vocab_parallel.split(logits, vocab_group, said)
     backend = checks.check_logits("logits", logits, backend)
     checks.check_transforms("policy_loss", logits)
-    objective, found = arguments.objective_of(objective), None
+    if inplace:
+        checks.check_in_place(logits)
     if kept_ids is not None:
         if objective.beyond_target:
             raise ValueError(
                 f"kept_ids go with what looks at the sampled token alone, and objective "
                 f"{objective.name} has {objective.beyond_target}"
             )
-        if inplace:
-            checks.check_in_place(logits)
-        kept = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
-        logits, target_ids, found = kept
+        whole = vocab_parallel.all_columns(logits, shard)
+        kept = replay.kept(whole, target_ids, kept_ids, kept_offsets)
+        logits, shard = replay.kept_logits(logits, kept, inplace, shard), None
+        target_ids, found = kept.place, kept.found
         inplace = True  # they are a copy
     batch = arguments.token_batch(
         logits,
@@ -158,12 +177,14 @@ def policy_loss(
         logits,
         target_ids,
         temperature=temperature,
+        logit_softcap=logit_softcap,
         topk_ids=topk_ids,
         topk_logprobs=topk_logprobs,
         old_logits=old_logits,
         loss_scale=loss_scale,
         with_entropy=with_entropy,
         inplace=inplace,
+        shard=shard,
     )
     return passes.loss_of_logits(logits, batch)
 
@@ -251,10 +272,12 @@ def selected_logprobs(
     *,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
     kept_ids: Tensor | None = None,
     kept_offsets: Tensor | None = None,
     with_entropy: bool = False,
     inplace: bool = False,
+    vocab_group: ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of chosen tokens under softmax(logits / temperature), and the entropy, both
@@ -267,10 +290,12 @@ def selected_logprobs(
     mask: [N] or [B, T]; where it is 0 the row is not read, its results are 0, and it may hold any
         id.
     temperature: > 0, applied in float32; a number, or a tensor with one per token.
+    logit_softcap: as in `policy_loss`.
     kept_ids, kept_offsets: as in `policy_loss`; a target that is none of its row's has NaN.
     with_entropy: also return the entropy in nats.
     inplace: backward overwrites the logits with their gradient; a second reader of the logits then
         fails.
+    vocab_group: as in `policy_loss`.
     backend: "auto", or one of `dcpo info`.
 
     Returns (logprobs, entropy or None), float32: of the shape of target_ids, and [N] or [B, T].
@@ -278,13 +303,18 @@ def selected_logprobs(
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
     """
+    said = {"ids": target_ids.shape[logits.dim() - 1 :], "with_entropy": with_entropy}
+    logits, shard = vocab_parallel.split(logits, vocab_group, said)
+    backend = checks.check_logits("logits", logits, backend)
+    checks.check_transforms("selected_logprobs", logits)
+    if inplace:
+        checks.check_in_place(logits)
     if kept_ids is not None:
-        backend = checks.check_logits("logits", logits, backend)
-        if inplace:
-            checks.check_in_place(logits)
-        logits, target_ids, _ = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
-        inplace = True  # they are a copy
-    targets, options, backend = arguments.targets_of(
-        logits, target_ids, mask, temperature, with_entropy, inplace, backend
+        whole = vocab_parallel.all_columns(logits, shard)
+        kept = replay.kept(whole, target_ids, kept_ids, kept_offsets)
+        logits, target_ids = replay.kept_logits(logits, kept, inplace, shard), kept.place
+        inplace, shard = True, None  # they are a copy
+    targets, options = arguments.targets_of(
+        logits, target_ids, mask, temperature, logit_softcap, with_entropy, backend
     )
-    return passes.logprobs_of(logits, targets, options, inplace, backend)
+    return passes.logprobs_of(logits, targets, options, inplace, backend, shard)

@@ -64,6 +64,7 @@ def fused(
     entropies,
     ratio,
     clipped,
+    has_gradient,
     rows: tl.int32,
     vocab: tl.int32,
     k: tl.int64,
@@ -116,7 +117,7 @@ def fused(
     lane, step = tile_columns(BLOCK, LANES, VECTOR)
     vocab = assume_multiple(vocab, VECTOR, IS_MULTIPLE)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        loss, logprob, entropy, r, code = 0.0, 0.0, 0.0, 1.0, 0
+        loss, logprob, entropy, r, code, pulled = 0.0, 0.0, 0.0, 1.0, 0, 0
         weight = tl.load(weights + row)
         if gradient is not None:
             dx = row_of(gradient, row, per_batch, dx_batch_stride, dx_row_stride, DX_ALIGNED)
@@ -200,10 +201,11 @@ def fused(
                 None if log_ratio is None else tl.load(log_ratio + row),
             )
 
+            g *= weight
+            h *= weight * entropy_weight
+            divergence_coef *= weight
+            pulled = ((g != 0) | (h != 0) | (divergence_coef != 0)).to(tl.int32)
             if gradient is not None:
-                g *= weight
-                h *= weight * entropy_weight
-                divergence_coef *= weight
                 total = 0.0
                 PULLS_TOPK: tl.constexpr = TOPK and (WITH_PENALTY or SCORE_CENTERING)
                 if PULLS_TOPK:
@@ -281,6 +283,7 @@ def fused(
             tl.store(entropies + row, entropy)
         tl.store(ratio + row, r)
         tl.store(clipped + row, code)
+        tl.store(has_gradient + row, pulled)
 
 
 @kernel

@@ -85,7 +85,7 @@ def call_gradient(dtype: str, vocab: int, entropy: bool, k: int = 1) -> None:
     ids, row = torch.zeros(1, k, dtype=torch.int64), torch.zeros(1)
     h = row if entropy else None
     coefficients = RowCoefficients(ids, None, row, row, entropy=h, g=ids.float(), h=h)
-    ops.row_gradient(logits, *coefficients, torch.ones(()), 1.0, "triton")
+    ops.row_gradient(logits, *coefficients, torch.ones(()), 1.0, 0.0, "triton")
 
 
 def call_multiply(dtype: str, vocab: int) -> None:

@@ -204,7 +204,7 @@ def test_what_is_no_temperature_makes_its_row_nan(value, use_backend):
     rows = Rows(a["target_ids"], temperatures, None, None, None)
     tokens = Tokens(a["old_logprobs"], a["advantages"], torch.ones(5), None, None)
     options = Options(1.0, False)
-    *results, gradient = ops.fused(
+    *results, _, gradient = ops.fused(
         p.base, *rows, *tokens, *dk.dcpo().numbers, *options, True, use_backend
     )
     results = Results(*results)

@@ -32,6 +32,7 @@ from dcpo_kernels.ops.records import (
     Tokens,
 )
 
+OF_LOGITS = [name for name in ops.__all__ if not name.startswith("linear")]  # test_linear: others
 LAYOUTS = ("packed", "row-stride", "sliced", "time-major")
 BACKENDS = ("reference", *CPU[:1])
 
@@ -56,7 +57,7 @@ def arguments_of(
     shape = logits.shape[:-1]
     ids = (torch.arange(shape.numel()) % 19).view(shape)
     one, two, three = torch.randn(3, *shape)
-    numbers, options = objective.numbers, Options(0.7, True)
+    numbers, options = objective.numbers, Options(0.7, True, 5.0 if optional else 0.0)
     count = shape[0] if len(shape) == 2 else 3
     grouping = Grouping(
         mask=three > 0 if optional or len(shape) == 2 else None,
@@ -96,7 +97,7 @@ def arguments_of(
         )
         if not optional:
             ends = ends._replace(entropy=None, h=None)
-        return logits, *ends, torch.tensor(0.37) if optional else None, 0.7
+        return logits, *ends, torch.tensor(0.37) if optional else None, 0.7, options.softcap
     if op == "multiply_":
         return logits, torch.tensor(0.37)
     if op == "decide":
@@ -118,7 +119,7 @@ def arguments_of(
 @on_backends(*BACKENDS, *GPU)
 @pytest.mark.parametrize(
     "case",
-    pairs(op=tuple(ops.__all__), layout=LAYOUTS, dtype=DTYPES, optional=(False, True)),
+    pairs(op=tuple(OF_LOGITS), layout=LAYOUTS, dtype=DTYPES, optional=(False, True)),
     ids=label,
 )
 def test_opcheck(case, use_backend):
@@ -167,9 +168,32 @@ def test_direct_callers_are_checked_too(wrong, error, words, use_backend):
         ops.fused(*arguments, use_backend)
 
 
+@on_backends(*EVERYWHERE)
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["dcpo", "cispo-centered", "dppo-topk_kl", "penalty-kl"])
+def test_which_rows_have_a_gradient(name, entropy_coef, use_backend):
+    """Those that it is not all zeros in, whether it is written or not."""
+    p = problem(OBJECTIVES[name](entropy_coef=entropy_coef), lengths=(30,))
+    a, weights = p.arguments, torch.ones(30)
+    a["advantages"][::3] = weights[::4] = 0.0
+    p.base[[3, 5], 1] = torch.nan
+    rows = Rows(a["target_ids"], None, *map(a.get, Rows._fields[2:]))
+    tokens = Tokens(a["old_logprobs"], a["advantages"], weights, None, None)
+    given = [p.base, *rows, *tokens, *a["objective"].numbers, *Options(0.7, entropy_coef != 0)]
+    device = device_of(use_backend)
+    given = tree_map_only(torch.Tensor, partial(on_device, device=device), given)
+    *_, has_gradient, gradient = ops.fused(*given, True, use_backend)
+    assert has_gradient.tolist() == (gradient != 0).any(-1).int().tolist()
+    assert has_gradient[3] == has_gradient[5] == 1 and not has_gradient[::4].any()
+    *_, without, _ = ops.fused(*given, False, use_backend)
+    assert torch.equal(without, has_gradient)
+    *_, in_place = ops.fused_(*given, use_backend)
+    assert torch.equal(in_place, has_gradient)
+
+
 @on_backends(*BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", ops.__all__)
+@pytest.mark.parametrize("op", OF_LOGITS)
 def test_fake_results_are_like_the_real_ones(op, layout, use_backend):
     """Shape, dtype and strides; a gradient is contiguous whatever the logits are."""
     arguments = arguments_of(op, layout, torch.bfloat16)
@@ -206,7 +230,10 @@ def test_schemas_say_what_is_written():
     for name in ops.__all__:
         schema = getattr(ops, name)._schema
         written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        assert written == ([schema.arguments[0].name] if name.endswith("_") else [])
+        if name.startswith("linear"):
+            assert written == [x for x in ("kept_logits", "into") if f"? {x}" in str(schema)]
+        else:
+            assert written == ([schema.arguments[0].name] if name.endswith("_") else [])
         assert torch.Tag.needs_fixed_stride_order in getattr(ops, name).tags
 
 

@@ -12,6 +12,7 @@ from problems import DTYPES, OBJECTIVES, ROUNDING, assert_matches, problem
 
 import dcpo_kernels as dk
 from dcpo_kernels import ops
+from dcpo_kernels.ops.records import Options
 
 # Not in the emulator, to which rows like these are minutes; test_cuda_emulated has its own.
 by_kernels = on_backends(*CPU, "triton interpreted")
@@ -88,7 +89,7 @@ def test_every_width_writes_its_row_and_nothing_beside_it(dtype, use_backend):
             torch.testing.assert_close(beside, expected, rtol=2 * ROUNDING[dtype], atol=2e-7)
         else:
             assert torch.equal(beside, expected)
-        stats = ops.row_stats(logits, ids, None, None, 1.0, False, use_backend)
+        stats = ops.row_stats(logits, ids, None, None, *Options(1.0, False), use_backend)
         assert torch.equal(stats[2], logits.float().amax(1)) or vocab > 2048
         made = padded.requires_grad_() * 1  # in place wants logits that are no leaf
         view = made[:, 4 : 4 + vocab]
@@ -247,7 +248,8 @@ def test_every_half_is_read_as_it_is(dtype, use_backend):
     for vocab in (1, 67):
         logits = values[:, None].expand(-1, vocab).contiguous()
         ids = torch.full((len(values),), vocab - 1)
-        logprobs, _, row_max, _ = ops.row_stats(logits, ids, None, None, 1.0, False, use_backend)
+        options = Options(1.0, False)
+        logprobs, _, row_max, _ = ops.row_stats(logits, ids, None, None, *options, use_backend)
         assert torch.equal(row_max[number], values[number].float())
         assert logprobs[~number].isnan().all()
         assert (logprobs[finite] + math.log(vocab)).abs().max() < 1e-6
@@ -280,7 +282,7 @@ def test_every_half_is_rounded_to_nearest_even(dtype, use_backend):
     g = sample(neighbours(dtype), use_backend)
     zeros = torch.zeros(len(g))
     ones = torch.zeros(len(g), 67, dtype=dtype)
-    arguments = (None, zeros, zeros, None, g, None, None, 1.0, use_backend)
+    arguments = (None, zeros, zeros, None, g, None, None, 1.0, 0.0, use_backend)
     gradient = ops.row_gradient(ones, torch.full((len(g),), 66), *arguments)
     wrong = (gradient[:, :-1] != (-g).to(dtype)[:, None]).any(1)
     assert not wrong.any(), f"{int(wrong.sum())} of {len(g)}, first {g[wrong][0]!r}"

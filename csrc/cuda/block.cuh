@@ -85,7 +85,8 @@ __device__ void write_row(const T* x, T* dx, int64_t vocab, int64_t target, cons
   if (at >= begin * kPack<T> && at < end * kPack<T>)
     mine = (packed ? end - 1 - at / kPack<T> : end * kPack<T> - 1 - at) % threads == thread;
   mine = mine && !c.zero;
-  const float target_gradient = mine ? gradient_at<kEntropy>(c, widen(x[target]), true) : 0.0f;
+  const float target_gradient =
+      mine ? gradient_at<kEntropy>(c, {widen(x[target]), 1.0f}, true) : 0.0f;
 
   const Slope slope = slope_of<kEntropy>(c);
   auto element = [&](int64_t j) {

@@ -56,7 +56,7 @@ __device__ void write_row_with_topk(const FusedArgs& a, const T* x, T* dx, const
   write_row<true>(x, dx, a.vocab, in.target, others, 0, Span<T>(x, a.vocab).packs, true);
   __syncthreads();
   if (in_vocabulary(mine.id, a.vocab))
-    narrow(gradient_at<true>(c, mine.logit, mine.id == in.target) +
+    narrow(gradient_at<true>(c, {mine.logit, 1.0f}, mine.id == in.target) +
                c.divergence_coef * (slope - p * total) / c.temperature,
            dx[mine.id]);
 }
@@ -151,7 +151,7 @@ __device__ void write_row_with_full(const FusedArgs& a, const T* x, T* dx, int64
   for (int64_t j = threadIdx.x; j < a.vocab; j += blockDim.x) {
     const float logit = widen(x[j]), p = pair.p(logit), q = pair.q(old[j]);
     const float own =
-        j == target ? gradient_at<true>(c, logit, true) : gradient_of<true>(slope, logit);
+        j == target ? gradient_at<true>(c, {logit, 1.0f}, true) : gradient_of<true>(slope, logit);
     narrow(own + coef * (tv ? 0.5f * p * (sign(p - q) - old.drift) : p - q), dx[j]);
   }
 }

@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kMostThreads, kLeastBlocks)
     if (lane == 0) {
       beside.slope = slope_of<kEntropy>(c);
       beside.zero = c.zero;
-      if (target >= 0) beside.target_gradient = gradient_at<kEntropy>(c, target_logit, true);
+      if (target >= 0)
+        beside.target_gradient = gradient_at<kEntropy>(c, {target_logit, 1.0f}, true);
     }
   }
   __syncthreads();

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kReadThreads, 3)
       __syncthreads();  // the row may be overwritten
       write_row<true>(x, dx, vocab, target, c, begin, end, begin == 0);
       __syncthreads();
-      if (mine) narrow(gradient_at_target(a, row, threadIdx.x, c, logit), dx[own]);
+      if (mine) narrow(gradient_at_target(a, row, threadIdx.x, c, {logit, 1.0f}), dx[own]);
     }
   }
 }

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Targets,
         Tokens,
         Totals,
+        Written,
     )
 
 
@@ -96,12 +97,13 @@ def _objective(numbers: Numbers) -> Any:
     return C.Objective(**numbers._asdict())
 
 
-def _shape(logits: Tensor, temperature: float) -> dict[str, Any]:
+def _shape(logits: Tensor, temperature: float, softcap: float) -> dict[str, Any]:
     return {
         "rows": row_count(logits),
         "vocab": logits.shape[-1],
         "dtype": DTYPES[logits.dtype],
         "temperature": temperature,
+        "softcap": softcap,
         "logits": view(logits),
     }
 
@@ -114,11 +116,12 @@ def fused_arguments(
     numbers: Numbers,
     options: Options,
     results: Results,
+    written: Written,
 ) -> dict[str, Any]:
     old_logits = rows.old_logits
     return {
-        **_shape(logits, options.temperature),
-        **_named(rows, tokens, results),
+        **_shape(logits, options.temperature, options.softcap),
+        **_named(rows, tokens, results, written),
         "gradient": view(gradient),
         "k": 0 if rows.topk_ids is None else rows.topk_ids.shape[-1],
         "old_logits": view(old_logits),
@@ -131,7 +134,7 @@ def row_stats_arguments(
     logits: Tensor, targets: Targets, options: Options, stats: RowStats
 ) -> dict[str, Any]:
     return {
-        **_shape(logits, options.temperature),
+        **_shape(logits, options.temperature, options.softcap),
         **_named(targets, stats),
         "k": targets.target_ids.numel() // row_count(logits),
     }
@@ -143,9 +146,10 @@ def row_gradient_arguments(
     coefficients: RowCoefficients,
     factor: Tensor | None,
     temperature: float,
+    softcap: float,
 ) -> dict[str, Any]:
     return {
-        **_shape(logits, temperature),
+        **_shape(logits, temperature, softcap),
         **_named(coefficients),
         "k": coefficients.target_ids.numel() // row_count(logits),
         "gradient": view(gradient),

@@ -66,6 +66,16 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def capped(x: Tensor, softcap: float) -> tuple[Tensor, Tensor | float]:
+    """softcap tanh(x / softcap) (arXiv 2408.00118), and its derivative. -inf stays what it is, a
+    probability of 0, where tanh would give it some; +inf becomes NaN."""
+    if softcap == 0:
+        return x, 1.0
+    value = softcap * torch.tanh(x / softcap) + (x - x)
+    # 1 - tanh^2 has no digits left where tanh is near 1
+    return torch.where(x == -torch.inf, x, value), torch.cosh(x / softcap).square().reciprocal()
+
+
 def shifted(logits: Tensor, temperature: Temperature) -> tuple[Tensor, Tensor]:
     """z = (x - max x) / temperature [N, V], and max x [N, 1]. Upcast first, and the maximum away
     before the temperature: a row shifted by 1e4 loses nothing."""
@@ -194,11 +204,14 @@ def fused(
     numbers: Numbers,
     options: records.Options,
     results: records.Results,
+    written: records.Written,
 ) -> None:
     read, dtype = tokens.weights != 0, compute_dtype(logits)
     # Upcast here and nowhere else: then the gradient is rounded to the dtype of the logits once.
-    x = _read_rows(logits.detach(), read).to(dtype)
+    x, slope = capped(_read_rows(logits.detach(), read).to(dtype), options.softcap)
     old_logits = _read_rows(rows.old_logits, read)
+    if old_logits is not None:
+        old_logits, _ = capped(old_logits.to(dtype), options.softcap)
     ids = _read_rows(rows.target_ids, read, 0)
     topk = {"topk_ids": _read_rows(rows.topk_ids, read, 0)}
     topk["topk_logprobs"] = _read_rows(rows.topk_logprobs, read)
@@ -228,11 +241,14 @@ def fused(
         loss = (tokens.weights * decision.loss).sum()
         dx = None if gradient is None else torch.autograd.grad(loss, x)[0]
     if gradient is not None and dx is not None:
-        gradient.copy_(dx.view(logits.shape))
+        gradient.copy_((dx * slope).view(logits.shape))
     found = (decision.loss, stats.logprobs, stats.entropy, decision.ratio, decision.clipped)
     for result, values in zip(results, found, strict=True):
         if result.numel():
             result.copy_(_counted(values.detach(), read, 1 if values is decision.ratio else 0))
+    h = numbers.entropy_coef * _weighted(torch.ones_like(decision.g), tokens.entropy_weights)
+    pulls = [tokens.weights * x != 0 for x in (decision.g, h, decision.divergence_coef)]
+    written.has_gradient.copy_(_counted(torch.stack(pulls).any(0), read))
 
 
 def _importance(numbers: Numbers, tokens: records.Tokens, old: Tensor) -> Tensor | None:
@@ -269,7 +285,8 @@ def row_stats(
     if targets.mask is not None:
         read = targets.mask != 0
     temperature = _temperature(targets.temperatures, read, options.temperature, dtype)
-    x, ids = _read_rows(logits, read).to(dtype), _read_rows(targets.target_ids, read, 0)
+    x, _ = capped(_read_rows(logits, read).to(dtype), options.softcap)
+    ids = _read_rows(targets.target_ids, read, 0)
     for result, values in zip(stats, softmax_stats(x, ids, temperature), strict=True):
         if result.numel():
             result.copy_(_read_rows(values, read.view(-1)).view_as(result))
@@ -281,6 +298,7 @@ def row_gradient(
     coefficients: records.RowCoefficients,
     factor: Tensor | None,
     temperature: float,
+    softcap: float,
 ) -> None:
     c, dtype = coefficients, compute_dtype(logits)
     ids, g = (x.view(c.row_max.numel(), -1) for x in (c.target_ids, c.g))  # [N, K]
@@ -288,7 +306,7 @@ def row_gradient(
     read = read if c.h is None else read | (c.h != 0)
     T = _temperature(c.temperatures, read, temperature, dtype)
     T = T[:, None] if isinstance(T, Tensor) else T
-    x = _read_rows(logits, read).to(dtype)
+    x, slope = capped(_read_rows(logits, read).to(dtype), softcap)
     row_max, log_sum = (_read_rows(value, read)[:, None] for value in (c.row_max, c.log_sum))
     log_p = (x - row_max) / T - log_sum
     p = log_p.exp()
@@ -301,6 +319,7 @@ def row_gradient(
         dx = dx - torch.where(p == 0, 0.0, h * p * (log_p + entropy))
     if factor is not None:
         dx = dx * factor
+    dx = dx * slope
     gradient.copy_(torch.where(read.view(-1, 1), dx / T, 0.0).view(logits.shape))
 
 

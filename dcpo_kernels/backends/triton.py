@@ -196,6 +196,7 @@ def fused(
     numbers: Numbers,
     options: records.Options,
     results: records.Results,
+    written: records.Written,
     threads: int = 0,  # of a program; 0: as launch_shape chooses
 ) -> None:
     constants, values = _constants(numbers)
@@ -217,6 +218,7 @@ def fused(
             *rows,
             *tokens,
             *results,
+            *written,
             row_count(logits),
             logits.shape[-1],
             0 if rows.topk_ids is None else rows.topk_ids.shape[-1],
@@ -265,6 +267,7 @@ def row_gradient(
     coefficients: records.RowCoefficients,
     factor: Tensor | None,
     temperature: float,
+    softcap: float,
 ) -> None:
     (strides, aligned), (dx_strides, dx_aligned) = _layout(logits), _layout(gradient)
     k = coefficients.target_ids.numel() // row_count(logits)

@@ -14,23 +14,25 @@ from dcpo_kernels.ops.records import (
     Results,
     Rows,
     Tokens,
+    Written,
     result_dtype,
     schema_of,
     unpack,
 )
 
 
-def _results(logits: Tensor, options: Options) -> Results:
+def results_of(logits: Tensor, options: Options) -> tuple[Results, Written]:
     shape = logits.shape[:-1]
     token_loss = logits.new_empty(shape, dtype=result_dtype(logits))
     new = token_loss.new_empty
-    return Results(
+    results = Results(
         token_loss=token_loss,
         logprobs=new(shape),
         entropy=new(shape if options.with_entropy else 0),
         ratio=new(shape),
         clipped=new(shape, dtype=torch.int8),
     )
+    return results, Written(new(shape, dtype=torch.int8))
 
 
 def _gradient(logits: Tensor, with_gradient: bool) -> Tensor:
@@ -38,15 +40,7 @@ def _gradient(logits: Tensor, with_gradient: bool) -> Tensor:
     return logits.new_empty(logits.shape if with_gradient else 0)
 
 
-def _run(
-    logits: Tensor,
-    gradient: Tensor | None,
-    rows: Rows,
-    tokens: Tokens,
-    numbers: Numbers,
-    options: Options,
-    backend: str,
-) -> Results:
+def check_rows(logits: Tensor, rows: Rows, tokens: Tokens) -> None:
     count = logits.shape[:-1].numel()
     k = 0 if rows.topk_ids is None else rows.topk_ids.shape[-1]
     if rows.old_logits is not None and rows.old_logits.shape != logits.shape:
@@ -58,10 +52,23 @@ def _run(
     if rows.topk_ids is not None:
         check_ids("topk_ids", rows.topk_ids, logits, tokens.weights)
         check_distinct("topk_ids", rows.topk_ids, tokens.weights)
-    results = _results(logits, options)
+
+
+def _run(
+    logits: Tensor,
+    gradient: Tensor | None,
+    rows: Rows,
+    tokens: Tokens,
+    numbers: Numbers,
+    options: Options,
+    backend: str,
+) -> list[Tensor]:
+    check_rows(logits, rows, tokens)
+    results, written = results_of(logits, options)
     if logits.numel():
-        backends.kernels(backend).fused(logits, gradient, rows, tokens, numbers, options, results)
-    return results
+        kernels = backends.kernels(backend)
+        kernels.fused(logits, gradient, rows, tokens, numbers, options, results, written)
+    return [*results, *written]
 
 
 def _launch(logits, *flat):
@@ -73,7 +80,8 @@ def _launch(logits, *flat):
 
 def _fake(logits, *flat):
     _, _, _, options, (with_gradient, _) = unpack(flat, *_RECORDS)
-    return *_results(logits, options), _gradient(logits, with_gradient)
+    results, written = results_of(logits, options)
+    return *results, *written, _gradient(logits, with_gradient)
 
 
 def _launch_in_place(logits, *flat):
@@ -84,18 +92,20 @@ def _launch_in_place(logits, *flat):
 
 def _fake_in_place(logits, *flat):
     _, _, _, options, _ = unpack(flat, *_RECORDS)
-    return tuple(_results(logits, options))
+    results, written = results_of(logits, options)
+    return *results, *written
 
 
 _RECORDS = (Rows, Tokens, Numbers, Options)
 fused = define(
     f"fused(Tensor logits, {schema_of(*_RECORDS)}, bool with_gradient, str backend)"
-    f" -> ({schema_of(Results)}, Tensor gradient)",
+    f" -> ({schema_of(Results, Written)}, Tensor gradient)",
     _launch,
     _fake,
 )
 fused_ = define(
-    f"fused_(Tensor(a!) logits, {schema_of(*_RECORDS)}, str backend) -> ({schema_of(Results)})",
+    f"fused_(Tensor(a!) logits, {schema_of(*_RECORDS)}, str backend)"
+    f" -> ({schema_of(Results, Written)})",
     _launch_in_place,
     _fake_in_place,
 )

@@ -36,6 +36,7 @@ _DTYPES = {
     "response_lengths": (torch.int64,),
     "offsets": (torch.int64,),
     "clipped": (torch.int8,),
+    "has_gradient": (torch.int8,),
 }
 
 

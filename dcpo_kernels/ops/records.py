@@ -39,6 +39,7 @@ class Tokens(NamedTuple):
 class Options(NamedTuple):
     temperature: float
     with_entropy: bool
+    softcap: float = 0.0  # x~ = softcap tanh(x / softcap) before the temperature; 0: x itself
 
 
 class Results(NamedTuple):
@@ -51,6 +52,12 @@ class Results(NamedTuple):
     clipped: Tensor  # int8
 
 
+class Written(NamedTuple):
+    """What is said of a row's gradient, written or not. [N]"""
+
+    has_gradient: Tensor  # int8: 0 where nothing pulls at the row, and its gradient is all zeros
+
+
 class Targets(NamedTuple):
     """Which rows are read, and for what."""
 
@@ -61,7 +68,8 @@ class Targets(NamedTuple):
 
 class RowStats(NamedTuple):
     """lse = row_max / temperature + log_sum, in two parts: added up, a row shifted by 1e4 would
-    lose four digits. [N] float32, float64 for float64 logits."""
+    lose four digits. Under a softcap they are of the capped logits. [N] float32, float64 for
+    float64 logits."""
 
     logprobs: Tensor  # of the shape of target_ids
     entropy: Tensor  # [0] unless asked for
@@ -70,8 +78,9 @@ class RowStats(NamedTuple):
 
 
 class RowCoefficients(NamedTuple):
-    """dx_j = factor/T [sum_k g_k (1[j = y_k] - p_j) - h p_j (log p_j + H)]. [N] float32, float64
-    for float64 logits. A row with g = h = 0 is not read, its gradient is 0."""
+    """dx_j = factor/T [sum_k g_k (1[j = y_k] - p_j) - h p_j (log p_j + H)], with a softcap times
+    dx~_j/dx_j. [N] float32, float64 for float64 logits. A row with g = h = 0 is not read, its
+    gradient is 0."""
 
     target_ids: Tensor  # [N] or [N, K] int64; an id may come more than once
     temperatures: Tensor | None  # None: the number `temperature` for all of them
@@ -141,6 +150,31 @@ class Coefficients(NamedTuple):
 
     g: Tensor  # in the target's log-probability
     h: Tensor  # in the entropy; [0] where there is no entropy term
+
+
+class Head(NamedTuple):
+    """What makes the logits of hidden states: hidden @ weight.T + bias."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    float32_logits: bool  # of a 16-bit product too
+    memory_limit: int  # bytes that the logits of a chunk may take
+
+
+class Wanted(NamedTuple):
+    """Which gradients a head is asked for."""
+
+    of_hidden: bool
+    of_weight: bool
+    of_bias: bool
+
+
+class HeadGradients(NamedTuple):
+    """[0] for those that are not wanted."""
+
+    hidden_gradient: Tensor  # of the dtype and shape of the hidden states
+    weight_gradient: Tensor  # [V, D]
+    bias_gradient: Tensor  # [V]
 
 
 class Totals(NamedTuple):

@@ -17,7 +17,9 @@ from dcpo_kernels.ops.library import (
 )
 from dcpo_kernels.ops.records import RowCoefficients, schema_of, unpack
 
-_SCHEMA = f"{schema_of(RowCoefficients)}, Tensor? factor, float temperature, str backend"
+_SCHEMA = (
+    f"{schema_of(RowCoefficients)}, Tensor? factor, float temperature, float softcap, str backend"
+)
 
 
 def _run(
@@ -26,6 +28,7 @@ def _run(
     coefficients: RowCoefficients,
     factor: Tensor | None,  # a scalar, read where it lies; None: 1
     temperature: float,
+    softcap: float,  # as in Options
     backend: str,
 ) -> None:
     count, k = logits.shape[:-1].numel(), targets_per_row(logits, coefficients.target_ids)
@@ -36,13 +39,13 @@ def _run(
         check_scalar(logits, factor)
     if logits.numel():
         kernels = backends.kernels(backend)
-        kernels.row_gradient(logits, gradient, coefficients, factor, temperature)
+        kernels.row_gradient(logits, gradient, coefficients, factor, temperature, softcap)
 
 
 def _launch(logits, *flat):
-    coefficients, (factor, temperature, backend) = unpack(flat, RowCoefficients)
+    coefficients, (factor, temperature, softcap, backend) = unpack(flat, RowCoefficients)
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _run(logits, gradient, coefficients, factor, temperature, backend)
+    _run(logits, gradient, coefficients, factor, temperature, softcap, backend)
     return gradient
 
 
@@ -51,9 +54,9 @@ def _fake(logits, *_):
 
 
 def _launch_in_place(logits, *flat):
-    coefficients, (factor, temperature, backend) = unpack(flat, RowCoefficients)
+    coefficients, (factor, temperature, softcap, backend) = unpack(flat, RowCoefficients)
     check_places(logits)
-    _run(logits, logits, coefficients, factor, temperature, backend)
+    _run(logits, logits, coefficients, factor, temperature, softcap, backend)
 
 
 def _fake_in_place(logits, *_):

@@ -105,7 +105,7 @@ struct Rows {
 
 struct Results {
   std::vector<float> loss, logprobs, entropy, ratio, row_max, log_sum;
-  std::vector<int8_t> clipped;
+  std::vector<int8_t> clipped, has_gradient;
   explicit Results(int64_t rows)
       : loss(rows, -7),
         logprobs(rows, -7),
@@ -113,7 +113,8 @@ struct Results {
         ratio(rows, -7),
         row_max(rows, -7),
         log_sum(rows, -7),
-        clipped(rows, -7) {}
+        clipped(rows, -7),
+        has_gradient(rows, -7) {}
 };
 
 void complain(const char* what, int64_t row, int64_t j, float found, float wanted) {
@@ -365,6 +366,7 @@ void run(const std::string& kind, bool small) {
     a.entropy = with_entropy ? r.entropy.data() : nullptr;
     a.ratio = r.ratio.data();
     a.clipped = r.clipped.data();
+    a.has_gradient = r.has_gradient.data();
     return a;
   };
   const FusedArgs reference = fused(wanted, wanted_logits, wanted_gradient);
@@ -383,6 +385,8 @@ void run(const std::string& kind, bool small) {
           1e-4f * (1 + std::fabs(wanted.logprobs[i])));
     if (found.clipped[i] != wanted.clipped[i])
       complain("clipped", i, -1, found.clipped[i], wanted.clipped[i]);
+    if (found.has_gradient[i] != wanted.has_gradient[i])
+      complain("has_gradient", i, -1, found.has_gradient[i], wanted.has_gradient[i]);
   }
   if (!with_gradient) return;
   std::vector<float> g(rows), h(rows, 0.1f);
