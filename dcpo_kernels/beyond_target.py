@@ -57,6 +57,7 @@ def _decided(
             beyond = beyond.detach().view(-1).requires_grad_()
             inside = beyond
         else:
+            assert place is not None
             of_top = reference.read_rows(rows.topk_logprobs, read)
             if numbers.score_centering:
                 inside = reference.centre(numbers, log_p[:, 1:], own.advantages, of_top)
