@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from dcpo_kernels.linear_passes import Linear
 from dcpo_kernels.objective import Objective
 from dcpo_kernels.ops.head import logits_like
 from dcpo_kernels.passes import PolicyLoss
+from dcpo_kernels.vocab_parallel import VocabShard, all_columns, shard_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_policy_loss(
@@ -59,6 +63,7 @@ def linear_policy_loss(
     skip_zero_advantage: bool = False,
     drop_nonfinite: bool = False,
     with_entropy: bool = False,
+    vocab_group: ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """`policy_loss` of the logits softcap(logit_scale * (hidden @ weight.T + bias)), with gradients
@@ -80,6 +85,9 @@ def linear_policy_loss(
         gradient is added to it in the forward pass, without a buffer of its own, and weight has
         none from autograd. backward must then bring exactly loss_scale, or 1: anything else raises
         on a CPU, and makes the other gradients NaN on a GPU.
+    vocab_group: weight and bias are this rank's rows of the whole; hidden is the same on all ranks,
+        and so is its gradient, which is added up over them. A weight that is a DTensor stays
+        sharded over this group and is gathered over its other dimensions.
     The others, and what is returned, as in `policy_loss`.
 
     All gradients are made in the forward pass, so backward runs once. Objectives with a ratio per
@@ -89,10 +97,24 @@ def linear_policy_loss(
     """
     objective, found = arguments.objective_of(objective), None
     linear, backend = _linear(
-        hidden, weight, bias, logit_scale, logits_dtype, memory_limit, weight_grad, backend
+        hidden,
+        weight,
+        bias,
+        logit_scale,
+        logits_dtype,
+        memory_limit,
+        weight_grad,
+        vocab_group,
+        {"objective": objective, "with_entropy": with_entropy},
+        backend,
     )
     checks.check_transforms("linear_policy_loss", hidden)
-    like = logits_like(linear.hidden, linear.head)
+    if linear.shard is not None and objective.needs_old_logits:
+        raise ValueError(
+            f"objective {objective.name} compares whole rows: with vocab_group= it goes with "
+            "policy_loss, from this rank's logits"
+        )
+    like = all_columns(logits_like(linear.hidden, linear.head), linear.shard)
     kept_logits = None
     if kept_ids is not None:
         if objective.beyond_target:
@@ -160,6 +182,7 @@ def linear_selected_logprobs(
     kept_ids: Tensor | None = None,
     kept_offsets: Tensor | None = None,
     with_entropy: bool = False,
+    vocab_group: ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """`selected_logprobs` from hidden states: (logprobs, entropy or None), both differentiable.
@@ -172,10 +195,20 @@ def linear_selected_logprobs(
     have a gradient, unless memory_limit holds all of them: then the forward pass keeps them.
     """
     linear, backend = _linear(
-        hidden, weight, bias, logit_scale, logits_dtype, memory_limit, weight_grad, backend
+        hidden,
+        weight,
+        bias,
+        logit_scale,
+        logits_dtype,
+        memory_limit,
+        weight_grad,
+        vocab_group,
+        {"ids": target_ids.shape[hidden.dim() - 1 :], "with_entropy": with_entropy},
+        backend,
     )
     checks.check_transforms("linear_selected_logprobs", hidden)
-    like, temperature = logits_like(linear.hidden, linear.head), _unscaled(temperature, logit_scale)
+    like = all_columns(logits_like(linear.hidden, linear.head), linear.shard)
+    temperature = _unscaled(temperature, logit_scale)
     logit_softcap = _unscaled(logit_softcap, logit_scale)
     if kept_ids is not None:
         kept = replay.kept(like, target_ids, kept_ids, kept_offsets)
@@ -200,6 +233,8 @@ def _linear(
     logits_dtype: torch.dtype | None,
     memory_limit: int | None,
     weight_grad: Tensor | None,
+    vocab_group: ProcessGroup | VocabShard | None,
+    said: dict[str, Any],
     backend: str,
 ) -> tuple[Linear, str]:
     """What is said of the projection, and the backend that serves its logits."""
@@ -215,7 +250,8 @@ def _linear(
         raise ValueError(
             f"hidden must be packed [N, D] or padded [B, T, D], got shape {list(hidden.shape)}"
         )
-    weight, bias = _whole(weight), None if bias is None else _whole(bias)
+    weight = _own_rows(weight, vocab_group)
+    bias = None if bias is None else _own_rows(bias, vocab_group)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):  # as F.linear has it
         dtype = torch.get_autocast_dtype(device)
@@ -223,7 +259,7 @@ def _linear(
         bias = None if bias is None else bias.to(dtype)
     backend = backends.choose(backend, device)
     width = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width or 0 in weight.shape:
+    if weight.dim() != 2 or weight.shape[1] != width or (0 in weight.shape and not vocab_group):
         raise ValueError(
             f"weight must be [V, {width}] for hidden {list(hidden.shape)}, got {list(weight.shape)}"
         )
@@ -248,8 +284,15 @@ def _linear(
         raise ValueError(f"memory_limit={memory_limit} must be bytes, an integer > 0")
     if weight_grad is not None:
         _check_weight_grad(weight_grad, weight)
-    float32_logits = logits_dtype == torch.float32
-    return Linear(hidden, weight, bias, float32_logits, memory_limit, weight_grad), backend
+    shard, into = None, weight_grad
+    if vocab_group is not None:
+        tokens = hidden.shape[:-1].numel()
+        shard = shard_of(len(weight), vocab_group, hidden.device, tokens, said)
+        own = slice(shard.width)  # rows of padding come after them
+        weight, bias = weight[own], None if bias is None else bias[own]
+        into = None if into is None else into[own]
+    wide = logits_dtype == torch.float32
+    return Linear(hidden, weight, bias, wide, memory_limit, into, shard), backend
 
 
 def _mask_of(mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -273,15 +316,21 @@ def _check_weight_grad(weight_grad: Tensor, weight: Tensor) -> None:
         )
 
 
-def _whole(weight: Any) -> Tensor:
-    """A sharded weight, gathered. Its gradient goes back averaged over the ranks, as that of every
-    other parameter under FSDP2."""
+def _own_rows(weight: Any, vocab_group: ProcessGroup | VocabShard | None) -> Tensor:
+    """A sharded weight as this rank needs it: gathered, but for the vocabulary's group. Over the
+    ranks that it was gathered from its gradient is averaged, as FSDP2 does with that of every other
+    parameter."""
     placements = getattr(weight, "placements", None)
     if placements is None:
         return weight
-    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import Partial, Replicate, Shard
 
-    return weight.full_tensor(grad_placements=[Partial("avg")] * len(placements))
+    group = vocab_group.group if isinstance(vocab_group, VocabShard) else vocab_group
+    mesh = weight.device_mesh
+    kept = [group is not None and mesh.get_group(i) == group for i in range(mesh.ndim)]
+    rows = [Shard(0) if keep else Replicate() for keep in kept]
+    gradients = [Shard(0) if keep else Partial("avg") for keep in kept]
+    return weight.redistribute(placements=rows).to_local(grad_placements=gradients)
 
 
 def _unscaled(x: Any, logit_scale: float) -> Any:

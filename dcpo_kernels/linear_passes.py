@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels import arguments, ops, passes
-from dcpo_kernels.ops.head import most_rows
+from dcpo_kernels.beyond_target import decided_listed
+from dcpo_kernels.ops.head import logits_dtype, most_rows
 from dcpo_kernels.ops.records import (
     Head,
     HeadGradients,
@@ -19,8 +20,11 @@ from dcpo_kernels.ops.records import (
     RowStats,
     Targets,
     Wanted,
+    replaced,
 )
-from dcpo_kernels.passes import PolicyLoss, replaced
+from dcpo_kernels.passes import PolicyLoss
+from dcpo_kernels.vocab_parallel import Shard, added, local_ids, whole_stats
+from dcpo_kernels.vocab_parallel import gathered as gathered_over_ranks
 
 
 class Linear(NamedTuple):
@@ -32,6 +36,7 @@ class Linear(NamedTuple):
     float32_logits: bool
     memory_limit: int
     into: Tensor | None  # [V, D]: what the weight's gradient is added to
+    shard: Shard | None = None  # of the vocabulary, whose rows weight and bias are
 
     @property
     def head(self) -> Head:
@@ -88,23 +93,27 @@ def _two_passes(
     linear: Linear, batch: arguments.Batch, wanted: Wanted
 ) -> tuple[PolicyLoss, HeadGradients]:
     batch, responses = passes.with_weights(batch, batch.rows.target_ids)
-    targets = passes.targets_of_pass(batch, responses)
+    listed = linear.shard is not None and batch.objective.needs_topk
+    targets_of = passes.targets_of_function if listed else passes.targets_of_pass
+    targets = targets_of(batch, responses)
     writes = any(wanted) or linear.into is not None
-    keep = writes and _fits(linear)
-    *stats, kept = ops.linear_row_stats(
-        linear.hidden, *linear.head, *targets, *batch.options, keep, batch.backend
-    )
-    results, coefficients = passes.decided_rows(RowStats(*stats), batch, responses)
+    stats, kept = _read(linear, targets, batch.options, writes and _fits(linear), batch.backend)
+    if listed:
+        numbers = batch.objective.numbers
+        results, coefficients = decided_listed(stats, numbers, batch.rows, batch.tokens)
+    else:
+        results, coefficients = passes.decided_rows(stats, batch, responses)
     out = passes.output(results, responses, batch)
     if not writes:
-        return out, HeadGradients(*[kept] * 3)
+        nothing = linear.hidden.new_empty(0)
+        return out, HeadGradients(nothing, nothing, nothing)
     scale = batch.loss_scale
     if scale is not None and not isinstance(scale, Tensor):
         scale = coefficients.g.new_tensor(scale)
     gradients = _written(
         linear,
         wanted,
-        kept if keep else None,
+        kept,
         targets.mask,
         coefficients,
         scale,
@@ -125,7 +134,13 @@ def _written(
     backend: str,
 ) -> HeadGradients:
     """The second pass. kept: the logits that the first one kept of the rows in `mask`."""
-    return HeadGradients(
+    shard = linear.shard
+    if shard is not None:
+        if not shard.width:
+            return _of_nothing(linear, wanted)
+        own = local_ids(coefficients.target_ids, shard)
+        coefficients = replaced(coefficients, target_ids=own)
+    gradients = HeadGradients(
         *ops.linear_row_gradient(
             linear.hidden,
             kept,
@@ -137,9 +152,52 @@ def _written(
             factor,
             options.temperature,
             options.softcap,
+            shard is not None,
             backend,
         )
     )
+    return _over_ranks(gradients, linear)
+
+
+def _of_nothing(linear: Linear, wanted: Wanted) -> HeadGradients:
+    """From a rank that has no part of the vocabulary."""
+    given = (linear.hidden, linear.weight, linear.bias)
+    made = (
+        torch.zeros_like(x) if asked and x is not None else linear.hidden.new_empty(0)
+        for x, asked in zip(given, wanted, strict=True)
+    )
+    return _over_ranks(HeadGradients(*made), linear)
+
+
+def _over_ranks(gradients: HeadGradients, linear: Linear) -> HeadGradients:
+    """Each rank's part of the vocabulary pulls at the hidden states."""
+    of_hidden = gradients.hidden_gradient
+    if linear.shard is None or not of_hidden.numel():
+        return gradients
+    return replaced(gradients, hidden_gradient=added(of_hidden, linear.shard.group))
+
+
+def _read(
+    linear: Linear, targets: Targets, options: Options, keep: bool, backend: str
+) -> tuple[RowStats, Tensor | None]:
+    """The first of two passes, and the logits of its rows where they are kept."""
+    kept: list[Tensor] = []
+
+    def read(targets: Targets) -> RowStats:
+        *stats, logits = ops.linear_row_stats(
+            linear.hidden, *linear.head, *targets, *options, keep, backend
+        )
+        kept.extend([logits] if keep else [])
+        return RowStats(*stats)
+
+    shard, rows = linear.shard, linear.hidden.shape[:-1]
+    stats = read(targets) if shard is None else whole_stats(read, targets, rows, options, shard)
+    return stats, kept[0] if kept else None
+
+
+def _waits(linear: Linear, batch: arguments.Batch) -> bool:
+    """A row's decision waits for other rows, or for other ranks."""
+    return batch.ratio_by_response or linear.shard is not None
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -149,7 +207,7 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, rest, batch):
         linear = Linear(hidden, weight, bias, *rest)
         ctx.wanted = _wanted(ctx, linear.into)
-        run = _two_passes if batch.ratio_by_response else _one_pass
+        run = _two_passes if _waits(linear, batch) else _one_pass
         out, gradients = run(linear, batch, ctx.wanted)
         passes.without_zeros(ctx)
         ctx.save_for_backward(*gradients)
@@ -197,9 +255,9 @@ def loss_of_linear(linear: Linear, batch: arguments.Batch) -> PolicyLoss:
     if wants_gradient(linear):
         out = PolicyLoss(*_LinearLoss.apply(*linear[:3], linear[3:], batch))
     else:
-        run = _two_passes if batch.ratio_by_response else _one_pass
+        run = _two_passes if _waits(linear, batch) else _one_pass
         with torch.no_grad():
-            out, _ = run(Linear(*linear[:5], into=None), batch, _NOTHING)
+            out, _ = run(Linear(*linear[:5], None, linear.shard), batch, _NOTHING)
     return out if batch.options.with_entropy else replaced(out, entropy=None)
 
 
@@ -210,11 +268,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rest, targets, options, backend):
         linear = Linear(hidden, weight, bias, *rest)
-        ctx.keep = _fits(linear)
-        *stats, kept = ops.linear_row_stats(
-            hidden, *linear.head, *targets, *options, ctx.keep, backend
-        )
-        stats = RowStats(*stats)
+        stats, kept = _read(linear, targets, options, _fits(linear), backend)
         passes.without_zeros(ctx)
         ctx.save_for_backward(hidden, weight, bias, kept, *targets, *stats)
         ctx.rest, ctx.wanted = rest, _wanted(ctx, linear.into)
@@ -230,7 +284,7 @@ class _LinearLogprobs(torch.autograd.Function):
         gradients = _written(
             Linear(hidden, weight, bias, *ctx.rest),
             ctx.wanted,
-            kept if ctx.keep else None,
+            kept,
             mask,
             passes.coefficients_of(RowStats(*stats), targets, grad_logprobs, grad_entropy),
             None,
@@ -249,9 +303,7 @@ def logprobs_of_linear(
         )
     else:
         with torch.no_grad():
-            logprobs, entropy, *_ = ops.linear_row_stats(
-                linear.hidden, *linear.head, *targets, *options, False, backend
-            )
+            (logprobs, entropy, *_), _ = _read(linear, targets, options, False, backend)
     return logprobs, entropy if options.with_entropy else None
 
 
@@ -262,19 +314,42 @@ class _LinearGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rest, ids, mask):
         linear = Linear(hidden, weight, bias, *rest)
-        ctx.save_for_backward(hidden, weight, bias, ids)
+        shard = linear.shard
+        if shard is None:
+            own, missing = ids, None
+        else:  # what this rank lacks has the place of one that it has
+            own = local_ids(ids, shard)
+            missing = own < 0
+            first = (~missing).to(torch.int64).argmax(-1, keepdim=True)
+            own = torch.where(missing, own.gather(-1, first), own).clamp(min=0)
+        ctx.save_for_backward(hidden, weight, bias, own, missing)
         ctx.rest, ctx.wanted = rest, _wanted(ctx, linear.into)
-        return ops.linear_gather(hidden, *linear.head, ids, mask)
+        if shard is not None and not shard.width:
+            values = hidden.new_empty(own.shape, dtype=logits_dtype(hidden, linear.head))
+        else:
+            values = ops.linear_gather(hidden, *linear.head, own, mask)
+        if shard is None or missing is None:
+            return values
+        values = values.masked_fill(missing, -torch.inf)
+        return gathered_over_ranks(values, shard.group, "the kept logits").amax(0)
 
     @staticmethod
     def backward(ctx, gradient):
-        hidden, weight, bias, ids = ctx.saved_tensors
+        hidden, weight, bias, ids, missing = ctx.saved_tensors
         linear = Linear(hidden, weight, bias, *ctx.rest)
+        if missing is not None:
+            first = (~missing).to(torch.int64).argmax(-1, keepdim=True)
+            gradient = torch.where(missing, gradient.gather(-1, first), gradient)
+            gradient = torch.where(missing.all(-1, keepdim=True), 0.0, gradient)
+        if linear.shard is not None and not linear.shard.width:
+            gradients = _of_nothing(linear, ctx.wanted)
+            return *_for_autograd(gradients, ctx.wanted), None, None, None
         gradients = HeadGradients(
             *ops.linear_gather_gradient(
                 hidden, gradient, linear.into, *linear.head, *ctx.wanted, ids
             )
         )
+        gradients = _over_ranks(gradients, linear)
         return *_for_autograd(gradients, ctx.wanted), None, None, None
 
 
@@ -284,4 +359,5 @@ def gathered(linear: Linear, ids: Tensor, mask: Tensor | None) -> Tensor:
     if wants_gradient(linear):
         return _LinearGather.apply(*linear[:3], linear[3:], ids, mask)
     with torch.no_grad():
-        return ops.linear_gather(linear.hidden, *linear.head, ids, mask)
+        nothing = Linear(*linear[:5], None, linear.shard)
+        return _LinearGather.apply(*nothing[:3], nothing[3:], ids, mask)

@@ -3,12 +3,13 @@ log-probabilities, in one pass over the logits or in two."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dcpo_kernels import arguments, ops, vocab_parallel
+from dcpo_kernels.beyond_target import Full, decided_full, decided_listed, full_gradient
 from dcpo_kernels.function import decide_by
 from dcpo_kernels.metrics import Summary
 from dcpo_kernels.ops.records import (
@@ -23,6 +24,7 @@ from dcpo_kernels.ops.records import (
     Tokens,
     replaced,
 )
+from dcpo_kernels.ops.row_gradient import write_part
 from dcpo_kernels.vocab_parallel import Shard
 
 
@@ -188,13 +190,25 @@ def decided_rows(
     )
 
 
-def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, RowCoefficients]:
+def _two_passes(logits: Tensor, batch: arguments.Batch) -> tuple[PolicyLoss, Any]:
     """The loss, and what backward writes the gradient from: a response's ratio is known once all of
-    its rows are read."""
+    its rows are read, and that of a row split over ranks once all have read their part."""
     batch, responses = with_weights(batch, batch.rows.target_ids)
-    targets = targets_of_pass(batch, responses)
-    stats = read_rows(logits, targets, batch.options, batch.backend, batch.shard)
-    results, coefficients = decided_rows(stats, batch, responses)
+    rows, tokens, options, shard = batch.rows, batch.tokens, batch.options, batch.shard
+    numbers, objective = batch.objective.numbers, batch.objective
+    listed = shard is not None and objective.needs_topk
+    targets = targets_of_function(batch, responses) if listed else targets_of_pass(batch, responses)
+    stats = read_rows(logits, targets, options, batch.backend, shard)
+    if shard is not None and objective.needs_old_logits:
+        assert rows.old_logits is not None
+        old_stats = read_rows(rows.old_logits, targets, options, batch.backend, shard)
+        results, coefficients = decided_full(
+            logits, stats, old_stats, numbers, rows, tokens, options, shard
+        )
+    elif listed:
+        results, coefficients = decided_listed(stats, numbers, rows, tokens)
+    else:
+        results, coefficients = decided_rows(stats, batch, responses)
     return output(results, responses, batch), coefficients
 
 
@@ -228,7 +242,7 @@ def _write(ctx, coefficients: RowCoefficients, logits: Tensor, factor: Tensor | 
         own = vocab_parallel.local_ids(coefficients.target_ids, shard)
         if shard.width:
             own = replaced(coefficients, target_ids=own)
-            vocab_parallel.write_part(write, gradient[..., : shard.width], own)
+            write_part(write, gradient[..., : shard.width], own)
     if ctx.inplace:
         torch.autograd.graph.increment_version(gradient)
     return gradient
@@ -239,7 +253,12 @@ class _TwoPasses(torch.autograd.Function):
     def forward(ctx, logits, batch):
         out, coefficients = _two_passes(logits, batch)
         without_zeros(ctx)
-        ctx.save_for_backward(logits, *coefficients)
+        if isinstance(coefficients, Full):
+            ctx.numbers, ctx.options = batch.objective.numbers, batch.options
+            ctx.save_for_backward(logits, batch.rows.old_logits, *coefficients)
+        else:
+            ctx.numbers = None
+            ctx.save_for_backward(logits, *coefficients)
         ctx.scaling = batch.options.temperature, batch.options.softcap
         ctx.shard = batch.shard
         ctx.inplace, ctx.backend = batch.inplace, batch.backend
@@ -254,8 +273,14 @@ class _TwoPasses(torch.autograd.Function):
         first_derivatives_only("policy_loss")
         if ctx.inplace:
             backward_once(ctx, "policy_loss")
-        logits, *coefficients = ctx.saved_tensors
-        return _write(ctx, RowCoefficients(*coefficients), logits, grad_loss), None
+        logits, *saved = ctx.saved_tensors
+        if ctx.numbers is None:
+            return _write(ctx, RowCoefficients(*saved), logits, grad_loss), None
+        old_logits, *full = saved
+        gradient = full_gradient(
+            logits, old_logits, Full(*full), ctx.numbers, grad_loss, ctx.options, ctx.shard
+        )
+        return gradient, None
 
 
 def _by_function(logits: Tensor, batch: arguments.Batch) -> PolicyLoss:

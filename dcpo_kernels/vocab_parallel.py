@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dcpo_kernels.ops.records import Options, RowCoefficients, RowStats, Targets, replaced
+from dcpo_kernels.ops.records import Options, RowStats, Targets, replaced
 
 
 class VocabShard(NamedTuple):
@@ -237,18 +237,3 @@ def whole_stats(
 
     whole = RowStats(*(of_rows_read(x) if x.numel() else x for x in whole))
     return replaced(whole, logprobs=whole.logprobs.view(columns.shape))
-
-
-# ---- write --------------------------------------------------------------------------------------
-
-
-def write_part(
-    write: Callable[[Tensor, RowCoefficients], None], logits: Tensor, c: RowCoefficients
-) -> None:
-    """write(logits, coefficients) overwrites rows with their gradient, and takes each target for a
-    column. Those that are none of this rank's (-1) are taken for the first column, whose gradient
-    is made apart: in a row with a copy of it, which stands for them."""
-    pair = logits[..., :1].expand(*logits.shape[:-1], 2).contiguous()
-    write(logits, replaced(c, target_ids=c.target_ids.clamp(min=0)))
-    write(pair, replaced(c, target_ids=(c.target_ids != 0).to(torch.int64)))
-    logits[..., :1] = pair[..., :1]

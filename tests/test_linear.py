@@ -505,7 +505,7 @@ def test_opcheck(most, use_backend):
     kept_logits = ops.linear_row_stats(*given, True, use_backend)[-1]
     g = torch.where(mask, logprobs, 0.0)
     pull = RowCoefficients(ids, None, row_max, log_sum, entropy, g, g)
-    rest = (*pull, mask, None, 0.7, 0.0, use_backend)
+    rest = (*pull, mask, None, 0.7, 0.0, False, use_backend)
     check("linear_row_gradient", hidden, kept_logits, into, *head, *some, *rest)
     check("linear_row_gradient", hidden, None, None, *head, *every, *rest)
     tokens = Tokens(case.arguments["old_logprobs"], case.arguments["advantages"], g, None, None)

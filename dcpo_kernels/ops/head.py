@@ -71,7 +71,7 @@ def most_rows(hidden: Tensor, head: Head) -> int:
     bytes_per_logit = logits_dtype(hidden, head).itemsize
     if bytes_per_logit > hidden.dtype.itemsize:
         bytes_per_logit += hidden.dtype.itemsize  # their gradient in the dtype of the products
-    return max(head.memory_limit // (head.weight.shape[0] * bytes_per_logit), 1)
+    return max(head.memory_limit // max(head.weight.shape[0] * bytes_per_logit, 1), 1)
 
 
 def chunks(count: int, hidden: Tensor, head: Head) -> list[slice]:

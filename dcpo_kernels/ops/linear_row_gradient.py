@@ -17,6 +17,7 @@ from dcpo_kernels.ops.records import (
     schema_of,
     unpack,
 )
+from dcpo_kernels.ops.row_gradient import write_part
 
 
 def _pulled(coefficients: RowCoefficients, count: int, k: int) -> Tensor:
@@ -28,7 +29,7 @@ def _pulled(coefficients: RowCoefficients, count: int, k: int) -> Tensor:
 @products.plainly
 def _launch(hidden, kept, into, *flat):
     head, wanted, coefficients, rest = unpack(flat, Head, Wanted, RowCoefficients)
-    mask, factor, temperature, softcap, backend = rest
+    mask, factor, temperature, softcap, split, backend = rest
     products.check_head(hidden, head, into)
     like = products.logits_like(hidden, head)
     count, k = like.shape[:-1].numel(), targets_per_row(like, coefficients.target_ids)
@@ -42,11 +43,18 @@ def _launch(hidden, kept, into, *flat):
     has_gradient = None if kept is None else chosen.take(pulled)
     parts = products.chunks(chosen.count, hidden, head)
     backward = products.Backward(rows, head, wanted, parts, into)
+
+    def write(logits: Tensor, c: RowCoefficients) -> None:
+        kernels = backends.kernels(backend)
+        kernels.row_gradient(logits, logits, c, factor, temperature, softcap)
+
     for part, room in products.rooms(parts, hidden, head, kept):
         logits = room if kept is not None else products.logits_of(rows[part], head, room)
         of_part = part_of(chosen_coefficients, part)
-        kernels = backends.kernels(backend)
-        kernels.row_gradient(logits, logits, of_part, factor, temperature, softcap)
+        if split:
+            write_part(write, logits, of_part)
+        else:
+            write(logits, of_part)
         backward.add(part, logits, None if has_gradient is None else has_gradient[part])
     return tuple(backward.gradients(chosen, hidden))
 
@@ -56,11 +64,12 @@ def _fake(hidden, kept, into, *flat):
     return tuple(products.gradients_like(hidden, head, wanted, into))
 
 
-# kept_logits: what linear_row_stats kept with this mask; overwritten.
+# kept_logits: what linear_row_stats kept with this mask; overwritten. split: the weight has some
+# rows of a vocabulary, and a target of -1 is none of them.
 linear_row_gradient = define(
     f"linear_row_gradient(Tensor hidden, Tensor(a!)? kept_logits, Tensor(b!)? into, "
     f"{schema_of(Head, Wanted, RowCoefficients)}, Tensor? mask, Tensor? factor, float temperature, "
-    f"float softcap, str backend) -> ({schema_of(HeadGradients)})",
+    f"float softcap, bool split, str backend) -> ({schema_of(HeadGradients)})",
     _launch,
     _fake,
 )
