@@ -232,7 +232,8 @@ LAYERS = [
     {"backends"},
     {"ops"},
     {"losses", "passes", "arguments", "checks", "function", "replay", "__init__"}
-    | {"linear", "linear_passes", "vocab_parallel", "parallel", "context", "collectives"},
+    | {"linear", "linear_passes", "vocab_parallel", "beyond_target"}
+    | {"parallel", "context", "collectives"},
     {"integrations", "bench", "train", "info"},
     {"demo", "cli"},
 ]
