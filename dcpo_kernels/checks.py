@@ -287,7 +287,7 @@ def softcap_number(softcap: float | None, backend: str) -> float:
         raise TypeError(f"logit_softcap must be a number or None, got {softcap!r}")
     if not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"logit_softcap={softcap} must be > 0 and finite, from 1e-30 to 1e30")
-    if backend in ("triton", "cuda"):
+    if backend == "cuda":
         raise NotImplementedError(f"logit_softcap is not there yet for backend={backend!r}")
     return float(softcap)
 

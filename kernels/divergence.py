@@ -13,6 +13,7 @@ from dcpo_kernels.kernels.decide import (
     cut_weight,
     sign,
 )
+from dcpo_kernels.kernels.softcap import cap, capped
 from dcpo_kernels.kernels.softmax import (
     LN2,
     LOG2E,
@@ -106,15 +107,17 @@ def store_listed(
     g,
     h,
     temperature,
+    softcap,
     WITH_ENTROPY_TERM: tl.constexpr,
 ):
     """The listed entries once more, from logits that were fetched before the row was written."""
     tl.debug_barrier()
     is_target = ids == target
     entries = gradient_at(
-        logits, is_target, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM
+        logits, is_target, row_max, log_sum, entropy, g, h, temperature, softcap, WITH_ENTROPY_TERM
     )
-    entries += (slopes - tl.exp(logprobs) * total) / temperature
+    _, slope = capped(logits, softcap)
+    entries += (slopes - tl.exp(logprobs) * total) * slope / temperature
     inside = (ids >= 0) & (ids < vocab)
     tl.store(dx + ids, entries.to(dx.dtype.element_ty), mask=inside)
 
@@ -136,15 +139,17 @@ def accumulate_kl(old, x, row_max, lane_max, sum_exp, sum_exp_z, scale):
 
 
 @triton.jit
-def full_kl(x, row_max, log_sum, old_x, lane, step, vocab, temperature, BLOCK: tl.constexpr):
+def full_kl(
+    x, row_max, log_sum, old_x, lane, step, vocab, temperature, softcap, BLOCK: tl.constexpr
+):
     """KL(q || p) while the row of old logits is read: the mean of log q - log p under q. Also a 0
     for full_tv's drift, and the maximum and log-sum of the old row."""
     scale = LOG2E / temperature
     lane_max, sum_exp, sum_exp_z = no_sums(lane.shape[LANE_AXIS])
     last = last_tile(vocab, BLOCK)
     for done in range(0, last + 1, BLOCK):
-        tile = load_masked(x, last - done, lane, step, vocab, "evict_last")
-        old = load_masked(old_x, last - done, lane, step, vocab, "evict_first")
+        tile = cap(load_masked(x, last - done, lane, step, vocab, "evict_last"), softcap)
+        old = cap(load_masked(old_x, last - done, lane, step, vocab, "evict_first"), softcap)
         lane_max, sum_exp, sum_exp_z = accumulate_kl(
             old, tile, row_max, lane_max, sum_exp, sum_exp_z, scale
         )
@@ -153,19 +158,21 @@ def full_kl(x, row_max, log_sum, old_x, lane, step, vocab, temperature, BLOCK: t
 
 
 @triton.jit
-def full_tv(x, row_max, log_sum, old_x, lane, step, vocab, temperature, BLOCK: tl.constexpr):
+def full_tv(
+    x, row_max, log_sum, old_x, lane, step, vocab, temperature, softcap, BLOCK: tl.constexpr
+):
     """TV, once the old row was read; for its gradient the drift, sum sign(p - q) p; and the
     maximum and log-sum of the old row."""
     old_max, old_log_sum, _, _ = read_row(
-        old_x, lane, step, vocab, temperature, BLOCK, WITH_ENTROPY=False, AGAIN=True
+        old_x, lane, step, vocab, temperature, softcap, BLOCK, WITH_ENTROPY=False, AGAIN=True
     )
     scale, offset, old_offset = LOG2E / temperature, log_sum * LOG2E, old_log_sum * LOG2E
     parts = tl.zeros([lane.shape[LANE_AXIS]], tl.float32)
     drifts = parts
     last = last_tile(vocab, BLOCK)
     for done in range(0, last + 1, BLOCK):
-        tile = load_masked(x, last - done, lane, step, vocab, "evict_last")
-        old = load_masked(old_x, last - done, lane, step, vocab, "evict_first")
+        tile = cap(load_masked(x, last - done, lane, step, vocab, "evict_last"), softcap)
+        old = cap(load_masked(old_x, last - done, lane, step, vocab, "evict_first"), softcap)
         p = probabilities(tile, row_max, offset, scale)
         q = probabilities(old, old_max, old_offset, scale)
         parts += sum_of_lane(tl.abs(p - q))
@@ -193,22 +200,24 @@ def write_row_beside(
     divergence_coef,
     drift,
     temperature,
+    softcap,
     BLOCK: tl.constexpr,
     DIVERGENCE: tl.constexpr,
 ):
     """write_row for a row with a penalty on a full divergence."""
     scale, offset, old_offset = LOG2E / temperature, log_sum * LOG2E, old_log_sum * LOG2E
-    entry = gradient_at(x_target, True, row_max, log_sum, entropy, g, h, temperature, True)
+    entry = gradient_at(x_target, True, row_max, log_sum, entropy, g, h, temperature, softcap, True)
     z_scale, base, a, b = terms_of(row_max, log_sum, entropy, g, h, temperature, True)
     last = last_tile(vocab, BLOCK)
     for done in range(0, last + 1, BLOCK):
         start = last - done
         tile = load_masked(x, start, lane, step, vocab, "evict_first")
         old = load_masked(old_x, start, lane, step, vocab, "evict_first")
-        entries = gradient_of_tile(tile, z_scale, base, a, b, True)
+        entries = gradient_of_tile(tile, z_scale, base, a, b, softcap, True)
         entries = with_target(entries, entry, target - start, lane, step, BLOCK)
+        tile, slope = capped(tile, softcap)
         p = probabilities(tile, row_max, offset, scale)
-        q = probabilities(old, old_max, old_offset, scale)
+        q = probabilities(cap(old, softcap), old_max, old_offset, scale)
         slopes = 0.5 * p * (sign(p - q) - drift) if DIVERGENCE == FULL_TV else p - q
-        entries += divergence_coef / temperature * slopes
+        entries += divergence_coef / temperature * slopes * slope
         store_masked(dx, entries, start, lane, step, vocab)

@@ -28,6 +28,7 @@ from dcpo_kernels.kernels.divergence import (
     topk_slopes,
     write_row_beside,
 )
+from dcpo_kernels.kernels.softcap import cap
 from dcpo_kernels.kernels.softmax import read_row, write_row, zero_row
 from dcpo_kernels.kernels.tiles import (
     assume_multiple,
@@ -76,6 +77,7 @@ def fused(
     old_batch_stride: tl.int64,
     old_row_stride: tl.int64,
     temperature: tl.float32,
+    softcap,  # of the logits, before the temperature; None: there is none
     eps_low: tl.float32,
     eps_high: tl.float32,
     ratio_max: tl.float32,
@@ -134,15 +136,15 @@ def fused(
             T = temperature_of(temperatures, temperature, row)
             AGAIN: tl.constexpr = FULL or gradient is not None
             row_max, log_sum, entropy, kept = read_row(
-                x, lane, step, vocab, T, BLOCK, WITH_ENTROPY, AGAIN
+                x, lane, step, vocab, T, softcap, BLOCK, WITH_ENTROPY, AGAIN
             )
 
-            logprob = (x_target - row_max) / T - log_sum
+            logprob = (cap(x_target, softcap) - row_max) / T - log_sum
             old = logprob if old_logprobs is None else tl.load(old_logprobs + row)
             advantage = tl.load(advantages + row)
             divergence = 0.0
             if TOPK:
-                listed = (x_listed - row_max) / T - log_sum
+                listed = (cap(x_listed, softcap) - row_max) / T - log_sum
                 if SCORE_CENTERING:
                     given = tl.where(sampled, float("-inf"), listed)
                     slopes = centre_slopes(
@@ -158,11 +160,11 @@ def fused(
                 )
                 if DIVERGENCE == FULL_KL:
                     divergence, drift, old_max, old_log_sum = full_kl(
-                        x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
+                        x, row_max, log_sum, old_x, lane, step, vocab, T, softcap, BLOCK
                     )
                 else:
                     divergence, drift, old_max, old_log_sum = full_tv(
-                        x, row_max, log_sum, old_x, lane, step, vocab, T, BLOCK
+                        x, row_max, log_sum, old_x, lane, step, vocab, T, softcap, BLOCK
                     )
             importance = 1.0 if importance_weights is None else tl.load(importance_weights + row)
             if rollout_logprobs is not None:
@@ -233,6 +235,7 @@ def fused(
                         divergence_coef,
                         drift,
                         T,
+                        softcap,
                         BLOCK,
                         DIVERGENCE,
                     )
@@ -254,6 +257,7 @@ def fused(
                         g + total,
                         h,
                         T,
+                        softcap,
                         BLOCK,
                         WITH_ENTROPY_TERM,
                     )
@@ -273,6 +277,7 @@ def fused(
                         g,
                         h,
                         T,
+                        softcap,
                         WITH_ENTROPY_TERM,
                     )
         elif gradient is not None:
@@ -303,6 +308,7 @@ def row_stats(
     batch_stride: tl.int64,
     row_stride: tl.int64,
     temperature: tl.float32,
+    softcap,
     SEVERAL: tl.constexpr,  # k > 1
     ALIGNED: tl.constexpr,
     IS_MULTIPLE: tl.constexpr,
@@ -324,9 +330,9 @@ def row_stats(
             _, x_target = target_of(x, tl.load(target_ids + row * k), vocab)
             T = temperature_of(temperatures, temperature, row)
             row_max, log_sum, entropy, _ = read_row(
-                x, lane, step, vocab, T, BLOCK, WITH_ENTROPY, AGAIN=False
+                x, lane, step, vocab, T, softcap, BLOCK, WITH_ENTROPY, AGAIN=False
             )
-            logprob = (x_target - row_max) / T - log_sum
+            logprob = (cap(x_target, softcap) - row_max) / T - log_sum
         tl.store(logprobs + row * k, logprob)
         if SEVERAL:
             x = row_of(logits, row, per_batch, batch_stride, row_stride, ALIGNED)
@@ -335,7 +341,8 @@ def row_stats(
                 at = row * k + first + tl.arange(0, MAX_K)
                 given = at < (row + 1) * k
                 _, x_targets = targets_of(x, target_ids + at, given & reads, vocab)
-                others = tl.where(reads, (x_targets - row_max) / T - log_sum, 0.0)
+                others = (cap(x_targets, softcap) - row_max) / T - log_sum
+                others = tl.where(reads, others, 0.0)
                 tl.store(logprobs + at, others, mask=given)
         if WITH_ENTROPY:
             tl.store(entropies + row, entropy)
@@ -364,6 +371,7 @@ def row_gradient(
     dx_batch_stride: tl.int64,
     dx_row_stride: tl.int64,
     temperature: tl.float32,
+    softcap,
     SEVERAL: tl.constexpr,  # k > 1
     ALIGNED: tl.constexpr,
     DX_ALIGNED: tl.constexpr,
@@ -417,6 +425,7 @@ def row_gradient(
                 g * factor,
                 h * factor,
                 temperature_of(temperatures, temperature, row),
+                softcap,
                 BLOCK,
                 hs is not None,
             )
@@ -434,7 +443,7 @@ def row_gradient(
                     dx,
                     ids,
                     x_targets,
-                    (x_targets - row_max) / T - log_sum,
+                    (cap(x_targets, softcap) - row_max) / T - log_sum,
                     0.0,
                     others * factor,
                     ids,
@@ -445,6 +454,7 @@ def row_gradient(
                     own * factor,
                     h * factor,
                     T,
+                    softcap,
                     hs is not None,
                 )
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dcpo_kernels.kernels.decide import expm1
+from dcpo_kernels.kernels.softcap import cap, capped
 from dcpo_kernels.kernels.tiles import (
     LANE_AXIS,
     across_lanes,
@@ -111,12 +112,14 @@ def read_row(
     step,
     vocab,
     temperature,
+    softcap,
     BLOCK: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     AGAIN: tl.constexpr,  # the row is going to be read again, its tiles should stay in L2
 ):
     """max x, log sum e^((x - max x) / T), the entropy, and the kept tile. Maximum and log-sum stay
-    separate: their sum would lose four digits in a row shifted by 1e4."""
+    separate: their sum would lose four digits in a row shifted by 1e4. Under a softcap x is the
+    capped logit, but in the kept tile."""
     POLICY: tl.constexpr = "evict_last" if AGAIN else "evict_first"
     scale = LOG2E / temperature
     lane_max, sum_exp, sum_exp_z = no_sums(lane.shape[LANE_AXIS])
@@ -124,13 +127,13 @@ def read_row(
     for start in range(0, kept, BLOCK):
         tile = tl.load(x + start + lane + step, eviction_policy=POLICY)
         lane_max, sum_exp, sum_exp_z = accumulate(
-            tile, lane_max, sum_exp, sum_exp_z, scale, WITH_ENTROPY
+            cap(tile, softcap), lane_max, sum_exp, sum_exp_z, scale, WITH_ENTROPY
         )
     tile = tl.zeros((lane + step).shape, x.dtype.element_ty)
     for back in range(0, last - kept + 1, BLOCK):
         tile = load_masked(x, last - back, lane, step, vocab, POLICY)
         lane_max, sum_exp, sum_exp_z = accumulate(
-            tile, lane_max, sum_exp, sum_exp_z, scale, WITH_ENTROPY
+            cap(tile, softcap), lane_max, sum_exp, sum_exp_z, scale, WITH_ENTROPY
         )
     row_max, log_sum, mean = finish_row(lane_max, sum_exp, sum_exp_z, scale)
     entropy = log_sum - LN2 * mean if WITH_ENTROPY else 0.0
@@ -147,12 +150,14 @@ def probabilities(x, row_max, offset, scale):
 
 
 @triton.jit
-def gradient_of_tile(x, scale, base, a, b, WITH_ENTROPY_TERM: tl.constexpr):
-    """dx = 2^z (b + a z), as terms_of has it."""
+def gradient_of_tile(x, scale, base, a, b, softcap, WITH_ENTROPY_TERM: tl.constexpr):
+    """dx = 2^z (b + a z), as terms_of has it, times the slope of a softcap."""
+    x, slope = capped(x, softcap)
     z = tl.fma(x.to(tl.float32), scale, -base)
     e = tl.exp2(z)
     # the clamp avoids 0 * -inf
-    return e * (b + a * tl.maximum(z, -127.0)) if WITH_ENTROPY_TERM else e * b
+    entries = e * (b + a * tl.maximum(z, -127.0)) if WITH_ENTROPY_TERM else e * b
+    return entries if softcap is None else entries * slope
 
 
 @triton.jit
@@ -165,16 +170,26 @@ def with_target(entries, entry, column, lane, step, BLOCK: tl.constexpr):
 
 @triton.jit
 def gradient_at(
-    x, is_target, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM: tl.constexpr
+    x,
+    is_target,
+    row_max,
+    log_sum,
+    entropy,
+    g,
+    h,
+    temperature,
+    softcap,
+    WITH_ENTROPY_TERM: tl.constexpr,
 ):
     """The gradient of single logits in float32. 1 - p comes from expm1: as a difference it has no
     digits left where p is near 1."""
+    x, slope = capped(x, softcap)
     logprob = (x - row_max) / temperature - log_sum
     p = tl.exp(logprob)
     gradient = g * tl.where(is_target, -expm1(logprob), -p)
     if WITH_ENTROPY_TERM:
         gradient -= h * tl.where(p == 0, 0.0, p * (logprob + entropy))
-    return gradient / temperature
+    return gradient * slope / temperature
 
 
 @triton.jit
@@ -205,29 +220,30 @@ def write_row(
     g,
     h,
     temperature,
+    softcap,
     BLOCK: tl.constexpr,
     WITH_ENTROPY_TERM: tl.constexpr,
 ):
     """dx_j = 1/T [g (1[j = y] - p_j) - h p_j (log p_j + H)], formed in float32, each entry stored
     once."""
     entry = gradient_at(
-        x_target, True, row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM
+        x_target, True, row_max, log_sum, entropy, g, h, temperature, softcap, WITH_ENTROPY_TERM
     )
     scale, base, a, b = terms_of(row_max, log_sum, entropy, g, h, temperature, WITH_ENTROPY_TERM)
 
     kept = kept_tile(vocab, BLOCK)
-    entries = gradient_of_tile(tile, scale, base, a, b, WITH_ENTROPY_TERM)
+    entries = gradient_of_tile(tile, scale, base, a, b, softcap, WITH_ENTROPY_TERM)
     entries = with_target(entries, entry, target - kept, lane, step, BLOCK)
     store_masked(dx, entries, kept, lane, step, vocab)
     for start in range(kept + BLOCK, vocab, BLOCK):
         tail = load_masked(x, start, lane, step, vocab, "evict_first")
-        entries = gradient_of_tile(tail, scale, base, a, b, WITH_ENTROPY_TERM)
+        entries = gradient_of_tile(tail, scale, base, a, b, softcap, WITH_ENTROPY_TERM)
         entries = with_target(entries, entry, target - start, lane, step, BLOCK)
         store_masked(dx, entries, start, lane, step, vocab)
     for done in range(0, kept, BLOCK):
         start = kept - BLOCK - done
         again = tl.load(x + start + lane + step, eviction_policy="evict_first")
-        entries = gradient_of_tile(again, scale, base, a, b, WITH_ENTROPY_TERM)
+        entries = gradient_of_tile(again, scale, base, a, b, softcap, WITH_ENTROPY_TERM)
         entries = with_target(entries, entry, target - start, lane, step, BLOCK)
         store_tile(dx, entries, start, lane, step)
 

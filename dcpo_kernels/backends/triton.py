@@ -207,7 +207,7 @@ def fused(
     registers = 32
     if old is not None:
         registers = 8
-    elif results.entropy is not None or rows.topk_ids is not None:
+    elif results.entropy is not None or rows.topk_ids is not None or options.softcap:
         registers = 16
     _launch(
         "fused",
@@ -226,6 +226,7 @@ def fused(
             *dx_strides[1:],
             *old_strides[1:],
             options.temperature,
+            options.softcap or None,
             *values,
         ),
         *constants,
@@ -255,6 +256,7 @@ def row_stats(
             k,
             *strides,
             options.temperature,
+            options.softcap or None,
         ),
         k > 1,
         aligned=(aligned,),
@@ -285,6 +287,7 @@ def row_gradient(
             *strides,
             *dx_strides[1:],
             temperature,
+            softcap or None,
         ),
         k > 1,
         aligned=(aligned, dx_aligned),
