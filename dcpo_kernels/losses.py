@@ -95,16 +95,17 @@ def policy_loss(
     weights: per token: loss = sum weights * token_loss, in the place of the objective's
         aggregation. A token of weight 0 is not read.
     response_lengths: [R] tokens of each whole response that count, where a call holds only a part
-        of it (chunks of a sequence, context parallelism). All that is counted comes from them:
-        1/n_i, and without totals the number of responses and tokens too. response_loss is then
-        this part's share of the mean.
+        of it (chunks of a sequence; context parallelism: `whole_responses`). All that is counted
+        comes from them: 1/n_i, and without totals the number of responses and tokens too.
+        response_loss is then this part's share of the mean.
     response_log_ratio: [R], for objectives with one ratio per response: its logarithm, the mean of
         logp - old_logp over the whole response (gmpo: of what is left of them by its clip; vespo:
         their sum and that of the logarithms of the importance weights), known beforehand. Then it
         is one pass, and each token has its own part of the gradient, as with "sequence-token".
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
-        it into micro-batches changes nothing. One that is smaller than what is in the call is an
-        error; where that would mean waiting for a GPU, the loss is NaN.
+        it into micro-batches, or over ranks (`global_normalizers`), changes nothing. One that is
+        smaller than what is in the call is an error; where that would mean waiting for a GPU, the
+        loss is NaN.
     loss_scale: what a GradScaler multiplies the loss with, a number or a device tensor. The
         gradient is stored times it, and only its ratio to the upstream gradient is applied in
         backward: with fp16 logits small entries would be 0 without it. The result is the same.

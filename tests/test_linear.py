@@ -422,6 +422,23 @@ def test_all_rows_go_on_while_a_graph_is_captured(name, use_backend, monkeypatch
     assert (found[1][0][~counts] == 0).all()
 
 
+@on_cpu
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["no response", "no token"])
+@pytest.mark.parametrize("name", ["dcpo", "gspo"])
+def test_no_rows(name, lengths, use_backend):
+    """As a rank has them whose share of a batch is empty."""
+    hidden, weight = torch.empty(0, 8, requires_grad=True), torch.ones(VOCAB, 8, requires_grad=True)
+    of_tokens, advantages = torch.empty(0), torch.ones(len(lengths))
+    given = {"lengths": lengths, "objective": OBJECTIVES[name](), "backend": use_backend}
+    ids = of_tokens.long()
+    dk.linear_policy_loss(hidden, weight, ids, of_tokens, advantages, **given).loss.backward()
+    assert (weight.grad == 0).all() and hidden.grad.shape == (0, 8)
+    for targets in (ids, ids.view(0, 1).expand(0, 3)):
+        logprobs, _ = dk.linear_selected_logprobs(hidden, weight, targets, backend=use_backend)
+        assert logprobs.shape == targets.shape
+        logprobs.sum().backward()
+
+
 def test_backward_runs_once():
     case = Case(dk.dcpo())
     base, weight, _ = case.leaves()

@@ -20,9 +20,9 @@ from dcpo_kernels.ops.records import (
 from dcpo_kernels.ops.row_gradient import write_part
 
 
-def _pulled(coefficients: RowCoefficients, count: int) -> Tensor:
+def _pulled(coefficients: RowCoefficients, count: int, k: int) -> Tensor:
     """[N] bool: the row has a gradient."""
-    pulled = (coefficients.g != 0).view(count, -1).any(-1)
+    pulled = (coefficients.g != 0).view(count, k).any(-1)
     return pulled if coefficients.h is None else pulled | (coefficients.h.view(-1) != 0)
 
 
@@ -37,7 +37,7 @@ def _launch(hidden, kept, into, *flat):
     if factor is not None:
         check_scalar(like, factor)
 
-    pulled = _pulled(coefficients, count)
+    pulled = _pulled(coefficients, count, k)
     chosen = Chosen(count, pulled if kept is None else mask)
     rows, chosen_coefficients = chosen.take_states(hidden), chosen.take_each(coefficients)
     has_gradient = None if kept is None else chosen.take(pulled)
