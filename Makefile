@@ -36,8 +36,8 @@ format: $(VENV)/test
 
 # More ranks than make test has.
 check-parallel: $(VENV)/test
-	RANKS=2 pytest tests/test_parallel.py
-	RANKS=4 pytest tests/test_parallel.py
+	RANKS=2 pytest tests/test_parallel.py tests/test_vocab_parallel.py
+	RANKS=4 pytest tests/test_parallel.py tests/test_vocab_parallel.py
 
 # Not part of make test: it installs two versions of torch.
 check-wheels:

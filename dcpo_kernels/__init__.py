@@ -46,6 +46,7 @@ from dcpo_kernels.presets import (
 )
 from dcpo_kernels.responses import token_weights
 from dcpo_kernels.rollout import rollout_mask, rollout_weights
+from dcpo_kernels.vocab_parallel import VocabShard
 
 __all__ = [
     "ContextRows",
@@ -54,6 +55,7 @@ __all__ = [
     "PolicyLoss",
     "SmoothAdvantage",
     "TokenValues",
+    "VocabShard",
     "WholeResponses",
     "__version__",
     "bnpo",

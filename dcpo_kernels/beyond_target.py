@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels.backends import reference
+from dcpo_kernels.collectives import gathered
 from dcpo_kernels.decide import FULL_TV
 from dcpo_kernels.objective import Numbers
 from dcpo_kernels.ops.records import (
@@ -21,7 +22,7 @@ from dcpo_kernels.ops.records import (
     Tokens,
     replaced,
 )
-from dcpo_kernels.vocab_parallel import Shard, gathered, local_ids
+from dcpo_kernels.vocab_parallel import Shard, local_ids
 
 _CHUNK = 1 << 22  # logits that are computed with at once
 
@@ -201,7 +202,7 @@ def decided_full(
         kind, log_p, log_q = numbers.divergence, columns.log_p, columns.log_q
         parts[0, at] = reference.divergence_of(kind, log_p, ids, none, log_q=log_q)
         parts[1, at] = _slopes(kind, columns).sum(-1)
-    divergence, slopes = gathered(parts, shard.group, "the divergence").sum(0)
+    divergence, slopes = gathered("the divergence", parts, shard.group).sum(0)
     results, pulls = _decided(numbers, stats, divergence, None, rows, tokens)
     g, h, c, slopes = (x.view(none.shape) for x in (*pulls, slopes))
     return results, replaced(full, g=g, h=h, c=c, slopes=slopes)

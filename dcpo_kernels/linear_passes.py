@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels import arguments, ops, passes
+from dcpo_kernels import arguments, collectives, ops, passes
 from dcpo_kernels.beyond_target import decided_listed
 from dcpo_kernels.ops.head import logits_dtype, most_rows
 from dcpo_kernels.ops.records import (
@@ -24,7 +24,6 @@ from dcpo_kernels.ops.records import (
 )
 from dcpo_kernels.passes import PolicyLoss
 from dcpo_kernels.vocab_parallel import Shard, added, local_ids, whole_stats
-from dcpo_kernels.vocab_parallel import gathered as gathered_over_ranks
 
 
 class Linear(NamedTuple):
@@ -331,7 +330,7 @@ class _LinearGather(torch.autograd.Function):
         if shard is None or missing is None:
             return values
         values = values.masked_fill(missing, -torch.inf)
-        return gathered_over_ranks(values, shard.group, "the kept logits").amax(0)
+        return collectives.gathered("the kept logits", values, shard.group).amax(0)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dcpo_kernels.vocab_parallel import Shard, gathered, local_ids
+from dcpo_kernels.collectives import gathered
+from dcpo_kernels.vocab_parallel import Shard, local_ids
 
 
 class Kept(NamedTuple):
@@ -58,7 +59,7 @@ class _GatherParts(torch.autograd.Function):
             found = torch.where(own >= 0, logits.gather(-1, own.clamp(min=0)), -torch.inf)
         else:
             found = logits.new_full(ids.shape, -torch.inf)
-        return gathered(found, shard.group, "the kept logits").amax(0)
+        return gathered("the kept logits", found, shard.group).amax(0)
 
     @staticmethod
     def backward(ctx, gradient):

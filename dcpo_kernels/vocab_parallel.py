@@ -9,6 +9,7 @@ bits everywhere, run after run.
 from __future__ import annotations
 
 import itertools
+import os
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dcpo_kernels.collectives import gathered, named
+from dcpo_kernels.ops.library import check_ids
 from dcpo_kernels.ops.records import Options, RowStats, Targets, replaced
 
 
@@ -77,20 +80,20 @@ def _of_dtensor(x: Any, placements: Any, dim: int = -1) -> tuple[Tensor, VocabSh
 def shard_of(
     columns: int, given: Any, device: torch.device, tokens: int, said: dict[str, Any]
 ) -> Shard:
-    """`said` is what all ranks must say alike. They tell each other the first time: a rank that
-    says something else is found before any data is sent. On a GPU reading the answer means waiting
-    for it, so there only what does not change from step to step is compared, and not the number of
-    tokens."""
+    """`said` is what all ranks must say alike. On a CPU they tell each other in every call, so that
+    a rank that says something else is found before any data is sent. On a GPU reading the answer
+    means waiting for it: there they do so once for a group and these columns, to know who has what,
+    or in every call with DCPO_KERNELS_CHECK=1."""
     given = given if isinstance(given, VocabShard) else VocabShard(given)
     group, start = given.group, given.start
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     width = columns if given.width is None else given.width
     if not 0 <= width <= columns:
         raise ValueError(f"VocabShard.width={width} is not of the {columns} columns of this rank")
-    if device.type == "cpu":
-        said = {**said, "tokens": tokens}
-    key = (group, width, start, *said.items())
-    if key not in _known:
+    key = (group, width, start)
+    always = device.type == "cpu" or os.environ.get("DCPO_KERNELS_CHECK") == "1"
+    if always or key not in _known:
+        said = {"tokens": tokens, **said}
         _known[key] = _introduced(group, rank, width, start, device, said)
     starts, widths = _known[key]
     vocab = max(s + w for s, w in zip(starts, widths, strict=True))
@@ -106,7 +109,7 @@ def _introduced(
     """First ids and widths of all ranks."""
     codes = [zlib.crc32(repr(value).encode()) for value in said.values()]
     mine = torch.tensor([width, -1 if start is None else start, *codes], device=device)
-    rows = gathered(mine, group, "what it was called with").tolist()
+    rows = gathered("arguments of a vocabulary over ranks", mine, group).tolist()
     for place, (name, value) in enumerate(said.items(), 2):
         others = [r for r, row in enumerate(rows) if row[place] != rows[rank][place]]
         if others:
@@ -126,45 +129,22 @@ def _introduced(
 # ---- what is sent -------------------------------------------------------------------------------
 
 
-# its name since torch 2.13, and before
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def gathered(x: Tensor, group: Any, what: str) -> Tensor:
-    """[ranks, *x.shape]"""
-    ranks = dist.get_world_size(group)
-    flat = x.reshape(-1)
-    out = flat.new_empty(ranks * flat.numel())
-    _sent(what, group, lambda: _all_gather(out, flat, group=group))
-    return out.view(ranks, *x.shape)
-
-
 def added(x: Tensor, group: Any) -> Tensor:
     """The sum over ranks in float32, in their order. Each adds up one part of it: as many bytes as
     an all-reduce, and the same bits everywhere."""
     ranks = dist.get_world_size(group)
     if ranks == 1:
         return x
+    what = "the gradient of the hidden states"
     size = -(-x.numel() // ranks)
     flat = x.new_zeros(ranks * size)
     flat[: x.numel()] = x.reshape(-1)
     parts = torch.empty_like(flat)
-    what = "the gradient of the hidden states"
-    _sent(what, group, lambda: dist.all_to_all_single(parts, flat, group=group))
+    with named(what, group):
+        dist.all_to_all_single(parts, flat, group=group)
     wide = torch.promote_types(x.dtype, torch.float32)
     total = parts.view(ranks, size).to(wide).sum(0).to(x.dtype)
-    _sent(what, group, lambda: _all_gather(flat, total, group=group))
-    return flat[: x.numel()].view(x.shape)
-
-
-def _sent(what: str, group: Any, send: Callable[[], Any]) -> None:
-    try:
-        send()
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"rank {dist.get_rank(group)} of the vocabulary's group could not exchange {what}: "
-            f"another rank raised, died, or was called otherwise ({error})"
-        ) from error
+    return gathered(what, total, group).view(-1)[: x.numel()].view(x.shape)
 
 
 def all_columns(logits: Tensor, shard: Shard | None) -> Tensor:
@@ -196,6 +176,8 @@ def whole_stats(
     s = exp((m - M) / T + l): log_sum = log sum s; a part has the probability w = s / sum s, and the
     entropy is sum w (H - log w).
     """
+    like = targets.target_ids.new_empty(()).expand(*rows, shard.vocab)
+    check_ids("target_ids", targets.target_ids, like, targets.mask)
     columns = local_ids(targets.target_ids, shard)
     if shard.width:
         stats = read(Targets(columns.clamp(min=0), targets.mask, targets.temperatures))
@@ -207,7 +189,9 @@ def whole_stats(
     above_max = torch.where(columns >= 0, stats.logprobs + own_sum, -torch.inf)  # (x - m) / T
     sent = [stats.row_max, stats.log_sum, *([stats.entropy] if options.with_entropy else [])]
     sent = torch.cat([torch.stack(sent), above_max.view(*rows, -1).movedim(-1, 0)])
-    row_maxima, log_sums, *rest = gathered(sent, shard.group, "what was read").unbind(1)
+    row_maxima, log_sums, *rest = gathered(
+        "what was read of the vocabulary", sent, shard.group
+    ).unbind(1)
 
     row_max = row_maxima.amax(0)
     T = options.temperature if targets.temperatures is None else targets.temperatures

@@ -34,16 +34,19 @@ CUTTABLE = [name for name in NAMES if NAMES[name]().surrogate not in WHOLE_RESPO
 CASES: dict[str, Callable[[], None]] = {}
 
 
-def cases(*settings: Any):
+def case_of(cases: dict[str, Callable[[], None]], *settings: Any):
     """The function is a case, or one for each of these."""
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         for given in settings or [()]:
             name = " ".join([function.__name__.replace("_", " "), *given])
-            CASES[name] = functools.partial(function, *given)
+            cases[name] = functools.partial(function, *given)
         return function
 
     return add
+
+
+cases = functools.partial(case_of, CASES)
 
 
 # ---- a model, a batch, and what a rank has of it ------------------------------------------------
@@ -432,7 +435,7 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     """The collectives that are called, and the bytes that this rank puts in."""
     messages: list[tuple[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name, place in (("all_reduce", 0), (ALL_GATHER, 1)):
+        for name, place in (("all_reduce", 0), (ALL_GATHER, 1), ("all_to_all_single", 1)):
 
             def call(run, name, place, *args, **options):
                 messages.append((name, args[place].numel() * args[place].element_size()))
