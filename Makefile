@@ -12,7 +12,7 @@ NATIVE := setup.py CMakeLists.txt $(shell find csrc)  # folders too: a file may 
 CXX_FILES = $(filter %.h %.inc %.cpp %.cu %.cuh,$(NATIVE) $(shell find tests/emulator))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: demo bench test lint format check-wheels check-triton clean
+.PHONY: demo bench test lint format check-parallel check-wheels check-triton clean
 
 demo: $(VENV)/demo
 	dcpo demo $(ARGS)
@@ -33,6 +33,11 @@ format: $(VENV)/test
 	ruff check --fix
 	ruff format
 	clang-format -i $(CXX_FILES)
+
+# More ranks than make test has.
+check-parallel: $(VENV)/test
+	RANKS=2 pytest tests/test_parallel.py
+	RANKS=4 pytest tests/test_parallel.py
 
 # Not part of make test: it installs two versions of torch.
 check-wheels:

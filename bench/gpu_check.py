@@ -1,7 +1,7 @@
-"""Everything that only a GPU can say of the kernels, in three calls of at most nine minutes, what
+"""Everything that only a GPU can say of the kernels, in four calls of at most nine minutes, what
 matters most first:
 
-    python bench/gpu_check.py FOLDER --part 1        then 2, then 3
+    python bench/gpu_check.py FOLDER --part 1        then 2, 3 and 4
 
 Run it from the checkout. It needs torch, triton, nvcc, pybind11, cmake, ninja and pytest, and no
 network. A section is a command with a limit of its own: a failure, a hang or a broken CUDA context
@@ -58,6 +58,11 @@ PARTS = {
         Section("sanitizers", 260, "scripts/sanitize.sh"),
         Section("peers", 400, f"$BENCH {PEERS} $REHEARSAL --json $FOLDER/peers.json"),
     ],
+    4: [
+        BUILD,
+        # Both shapes of bench/linear.py, half the rows without a gradient among their rows.
+        Section("linear", 350, "$BENCH linear $SMALL_HEAD --json $FOLDER/linear.json"),
+    ],
 }
 
 
@@ -65,7 +70,8 @@ def environment(folder: Path, device: str) -> dict[str, str]:
     """Of the commands. device "cpu": a rehearsal of all but the build, with a few small rows."""
     there = device == "cuda"
     workers = "-n 4" if there and importlib.util.find_spec("xdist") else ""
-    small = "--device cpu --backend cpu,cuda-cluster-2 --seconds 0 --tokens 16 --vocab 503"
+    few = "--device cpu --seconds 0 --tokens 16 --vocab 503"
+    small = f"{few} --backend cpu,cuda-cluster-2"
     return {
         "DCPO_CUDA": "ON",
         "DCPO_CUDA_ARCHS": "native",
@@ -80,6 +86,7 @@ def environment(folder: Path, device: str) -> dict[str, str]:
         "BENCH": f"{sys.executable} -m dcpo_kernels.cli bench --seconds 4",
         "PYTEST": f"{sys.executable} -m pytest -q -m gpu --maxfail 10 {workers}",
         "REHEARSAL": "" if there else small,
+        "SMALL_HEAD": "" if there else f"{few} --width 32",
     }
 
 

@@ -5,8 +5,8 @@ L2 cache: no call finds its logits there, and none waits for Python. What a call
 back before each replay, outside the events. The host queues events and graph while the GPU is held
 busy, so that only the GPU's time lies between them.
 
-A call that can't be captured (it waits for the GPU, or counts on the host) is timed one by one,
-with the L2 cache overwritten before each.
+A call that can't be captured (it waits for the GPU, or counts on the host), or is not to be, is
+timed one by one, with the L2 cache overwritten before each.
 """
 
 from __future__ import annotations
@@ -45,17 +45,20 @@ class Rotation:
 
 
 class CudaClock:
-    def __init__(self, cuda: Any = torch.cuda) -> None:
-        self.cuda = cuda
+    def __init__(self, cuda: Any = torch.cuda, capture: bool = True) -> None:
+        self.cuda, self.capture = cuda, capture
         self.l2_bytes = cuda.get_device_properties(cuda.current_device()).L2_cache_size
         self.cache = (
             f"cold: rotating over {CACHE_FACTOR} times the L2 cache of "
             f"{self.l2_bytes / 2**20:.0f} MiB"
         )
+        if not capture:
+            self.cache = "cold: the L2 cache is overwritten before each call"
         self._flush: Any = None
 
     def prepare(self, call: Call | Copy) -> Rotation:
-        copies = min(MAX_COPIES, -(-CACHE_FACTOR * self.l2_bytes // call.nbytes))
+        wanted = -(-CACHE_FACTOR * self.l2_bytes // call.nbytes) if self.capture else 1
+        copies = min(MAX_COPIES, wanted)
         rotation = Rotation([call, *(call.elsewhere() for _ in range(copies - 1))])
         # On a stream of its own, as a capture requires: there the first call sets up what it needs.
         side = self.cuda.Stream()
@@ -70,6 +73,8 @@ class CudaClock:
                     break
         self.cuda.current_stream().wait_stream(side)
         rotation.restore()
+        if not self.capture:
+            return rotation
         graph = self.cuda.CUDAGraph()
         try:
             with self.cuda.graph(graph):

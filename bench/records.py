@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from dcpo_kernels.bench import machine
 from dcpo_kernels.bench.shapes import Case
@@ -119,8 +119,13 @@ class Record:
     rows: list[Row]
 
 
-def new(cache: str, gpu: dict[str, Any] | None, skipped: list[str]) -> Record:
-    return Record(
+Kind = TypeVar("Kind", bound=Record)  # with the rows of another benchmark
+
+
+def new(
+    cache: str, gpu: dict[str, Any] | None, skipped: list[str], kind: type[Kind] = Record
+) -> Kind:
+    return kind(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         command=shlex.join(["dcpo", *sys.argv[1:]]),
         environment=machine.environment(gpu),
@@ -141,14 +146,14 @@ def save(record: Record, path: Path) -> None:
         part.write_text(text + "\n")
 
 
-def load(path: Path) -> Record:
+def load(path: Path, kind: type[Kind] = Record) -> Kind:
     try:
         import pydantic
     except ImportError:
         raise BadRecord("a record is read with pydantic: pip install pydantic") from None
     try:
         text = path.read_bytes()
-        return pydantic.TypeAdapter(Record).validate_json(text, strict=True, extra="forbid")
+        return pydantic.TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
     except OSError as error:
         raise BadRecord(f"{path}: {error.strerror}") from None
     except pydantic.ValidationError as error:

@@ -85,16 +85,17 @@ def interleave(
     clock: Clock,
     seconds: float,
     after_round: Callable[[int, float], None] = lambda rounds, share: None,
+    least: int = MIN_ROUNDS,
 ) -> tuple[list[list[float]], bool]:
-    """Samples of each prepared call, in rounds of one each for about `seconds`, and whether it ran
-    to the end: Ctrl-C keeps the rounds that were finished."""
+    """Samples of each prepared call, in rounds of one each for about `seconds` and `least` rounds,
+    and whether it ran to the end: Ctrl-C keeps the rounds that were finished."""
     samples: list[list[float]] = [[] for _ in calls]
     rounds, begin = 0, time.perf_counter()
     try:
         with no_garbage_collection():
             while rounds < MAX_ROUNDS:
                 elapsed = time.perf_counter() - begin
-                if rounds >= MIN_ROUNDS and elapsed * (rounds + 1) / rounds > seconds:
+                if rounds >= least and elapsed * (rounds + 1) / rounds > seconds:
                     break
                 # Another one begins each round, so that none profits from its place in the order.
                 order = [(i + rounds) % len(calls) for i in range(len(calls))]

@@ -12,6 +12,7 @@ from torch import Tensor
 from dcpo_kernels import checks, presets
 from dcpo_kernels.objective import AGGREGATIONS, WHOLE_RESPONSE, Objective
 from dcpo_kernels.ops.records import Grouping, Options, Rows, Targets, Tokens, replaced
+from dcpo_kernels.vocab_parallel import Shard
 
 
 class Batch(NamedTuple):
@@ -29,6 +30,7 @@ class Batch(NamedTuple):
     options: Options
     loss_scale: float | Tensor | None
     inplace: bool
+    shard: Shard | None = None  # of the vocabulary; its logits are this rank's
 
 
 _DEFAULT = presets.dcpo()
@@ -213,11 +215,10 @@ def with_rows(
     loss_scale: float | Tensor | None,
     with_entropy: bool,
     inplace: bool,
+    shard: Shard | None = None,
 ) -> Batch:
     """And what is said of the logits."""
     objective, by_response = batch.objective, dict(batch.by_response)
-    if inplace:
-        checks.check_in_place(logits)
     number, temperatures = 1.0, None
     if isinstance(temperature, Tensor):
         lengths = batch.grouping.lengths
@@ -252,6 +253,7 @@ def with_rows(
         ),
         loss_scale=checks.loss_scale(loss_scale, logits),
         inplace=inplace,
+        shard=shard,
     )
 
 
@@ -262,14 +264,9 @@ def targets_of(
     temperature: float | Tensor,
     logit_softcap: float | None,
     with_entropy: bool,
-    inplace: bool,
     backend: str,
-) -> tuple[Targets, Options, str]:
+) -> tuple[Targets, Options]:
     """The same for `selected_logprobs`."""
-    backend = checks.check_logits("logits", logits, backend)
-    checks.check_transforms("selected_logprobs", logits)
-    if inplace:
-        checks.check_in_place(logits)
     token_mask = None if mask is None else checks.mask_of(mask, logits)
     number, temperatures = 1.0, None
     if isinstance(temperature, Tensor):
@@ -278,5 +275,5 @@ def targets_of(
     else:
         number = checks.temperature_number(temperature)
     ids = checks.targets(target_ids, logits)
-    options = Options(number, with_entropy, checks.softcap_number(logit_softcap))
-    return Targets(ids, token_mask, temperatures), options, backend
+    softcap = checks.softcap_number(logit_softcap)
+    return Targets(ids, token_mask, temperatures), Options(number, with_entropy, softcap)

@@ -57,17 +57,21 @@ def check_logits(name: str, logits: Tensor, backend: str) -> str:
     if logits.shape[-1] < 1:
         raise ValueError(f"{name} has an empty vocabulary: shape {list(logits.shape)}")
     backend = backends.choose(backend, logits.device.type)
-    dtypes = (*LOGITS_DTYPES, torch.float64) if backend == "reference" else LOGITS_DTYPES
-    if logits.dtype not in dtypes:
-        raise TypeError(
-            f"{name} must be {_names(dtypes)} for backend={backend!r}, got {_names([logits.dtype])}"
-        )
+    check_dtype(name, logits, backend)
     if backend != "reference" and logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"{name} must be contiguous along the vocabulary, got strides {list(logits.stride())}; "
             f"rows may be strided"
         )
     return backend
+
+
+def check_dtype(name: str, x: Tensor, backend: str) -> None:
+    dtypes = (*LOGITS_DTYPES, torch.float64) if backend == "reference" else LOGITS_DTYPES
+    if x.dtype not in dtypes:
+        raise TypeError(
+            f"{name} must be {_names(dtypes)} for backend={backend!r}, got {_names([x.dtype])}"
+        )
 
 
 def check_in_place(logits: Tensor) -> None:

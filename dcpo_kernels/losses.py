@@ -4,13 +4,18 @@ nothing else, and `selected_logprobs` for those that keep a loss of their own.""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dcpo_kernels import arguments, backends, checks, passes, replay
+from dcpo_kernels import arguments, backends, checks, passes, replay, vocab_parallel
 from dcpo_kernels.function import TokenLoss
 from dcpo_kernels.objective import Objective
 from dcpo_kernels.passes import PolicyLoss
+from dcpo_kernels.vocab_parallel import VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def policy_loss(
@@ -44,6 +49,7 @@ def policy_loss(
     drop_nonfinite: bool = False,
     with_entropy: bool = False,
     inplace: bool = False,
+    vocab_group: ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
 ) -> PolicyLoss:
     """A policy-gradient loss over vocabulary logits: every logit is read once, its gradient written
@@ -89,16 +95,17 @@ def policy_loss(
     weights: per token: loss = sum weights * token_loss, in the place of the objective's
         aggregation. A token of weight 0 is not read.
     response_lengths: [R] tokens of each whole response that count, where a call holds only a part
-        of it (chunks of a sequence, context parallelism). All that is counted comes from them:
-        1/n_i, and without totals the number of responses and tokens too. response_loss is then
-        this part's share of the mean.
+        of it (chunks of a sequence; context parallelism: `whole_responses`). All that is counted
+        comes from them: 1/n_i, and without totals the number of responses and tokens too.
+        response_loss is then this part's share of the mean.
     response_log_ratio: [R], for objectives with one ratio per response: its logarithm, the mean of
         logp - old_logp over the whole response (gmpo: of what is left of them by its clip; vespo:
         their sum and that of the logarithms of the importance weights), known beforehand. Then it
         is one pass, and each token has its own part of the gradient, as with "sequence-token".
     num_responses, num_tokens, max_length: of the whole batch (`token_weights`), so that splitting
-        it into micro-batches changes nothing. One that is smaller than what is in the call is an
-        error; where that would mean waiting for a GPU, the loss is NaN.
+        it into micro-batches, or over ranks (`global_normalizers`), changes nothing. One that is
+        smaller than what is in the call is an error; where that would mean waiting for a GPU, the
+        loss is NaN.
     loss_scale: what a GradScaler multiplies the loss with, a number or a device tensor. The
         gradient is stored times it, and only its ratio to the upstream gradient is applied in
         backward: with fp16 logits small entries would be 0 without it. The result is the same.
@@ -110,6 +117,11 @@ def policy_loss(
     inplace: the forward overwrites the logits with their gradient (gspo: the backward does), so no
         second [N, V] tensor is ever allocated. Nothing else may read the logits: autograd raises
         for a backward that had saved them, and who reads their values sees gradients.
+    vocab_group: the process group over which the vocabulary is split: logits are this rank's
+        columns, everything else is whole and the same on all ranks, and so is what is returned
+        (`VocabShard` for columns that are not simply one rank's after the other's, or padded).
+        Logits that are a DTensor with Shard(-1) say it themselves. old_logits are columns too. Read
+        and written in two passes with one all-gather between them; all ranks must call.
     backend: "auto", or one of `dcpo info`.
 
     Returns a `PolicyLoss`; out.loss.backward() honours any upstream gradient. It runs once: a
@@ -121,19 +133,23 @@ def policy_loss(
     for an id outside the vocabulary (on a GPU: that row's loss is NaN, or with DCPO_KERNELS_CHECK=1
     the error).
     """
+    objective, found = arguments.objective_of(objective), None
+    said = {"objective": objective, "with_entropy": with_entropy}
+    logits, shard = vocab_parallel.split(logits, vocab_group, said)
     backend = checks.check_logits("logits", logits, backend)
     checks.check_transforms("policy_loss", logits)
-    objective, found = arguments.objective_of(objective), None
+    if inplace:
+        checks.check_in_place(logits)
     if kept_ids is not None:
         if objective.beyond_target:
             raise ValueError(
                 f"kept_ids go with what looks at the sampled token alone, and objective "
                 f"{objective.name} has {objective.beyond_target}"
             )
-        if inplace:
-            checks.check_in_place(logits)
-        kept = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
-        logits, target_ids, found = kept
+        whole = vocab_parallel.all_columns(logits, shard)
+        kept = replay.kept(whole, target_ids, kept_ids, kept_offsets)
+        logits, shard = replay.kept_logits(logits, kept, inplace, shard), None
+        target_ids, found = kept.place, kept.found
         inplace = True  # they are a copy
     batch = arguments.token_batch(
         logits,
@@ -169,6 +185,7 @@ def policy_loss(
         loss_scale=loss_scale,
         with_entropy=with_entropy,
         inplace=inplace,
+        shard=shard,
     )
     return passes.loss_of_logits(logits, batch)
 
@@ -261,6 +278,7 @@ def selected_logprobs(
     kept_offsets: Tensor | None = None,
     with_entropy: bool = False,
     inplace: bool = False,
+    vocab_group: ProcessGroup | VocabShard | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities of chosen tokens under softmax(logits / temperature), and the entropy, both
@@ -278,6 +296,7 @@ def selected_logprobs(
     with_entropy: also return the entropy in nats.
     inplace: backward overwrites the logits with their gradient; a second reader of the logits then
         fails.
+    vocab_group: as in `policy_loss`.
     backend: "auto", or one of `dcpo info`.
 
     Returns (logprobs, entropy or None), float32: of the shape of target_ids, and [N] or [B, T].
@@ -285,13 +304,18 @@ def selected_logprobs(
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
     """
+    said = {"ids": target_ids.shape[logits.dim() - 1 :], "with_entropy": with_entropy}
+    logits, shard = vocab_parallel.split(logits, vocab_group, said)
+    backend = checks.check_logits("logits", logits, backend)
+    checks.check_transforms("selected_logprobs", logits)
+    if inplace:
+        checks.check_in_place(logits)
     if kept_ids is not None:
-        backend = checks.check_logits("logits", logits, backend)
-        if inplace:
-            checks.check_in_place(logits)
-        logits, target_ids, _ = replay.kept(logits, target_ids, kept_ids, kept_offsets, inplace)
-        inplace = True  # they are a copy
-    targets, options, backend = arguments.targets_of(
-        logits, target_ids, mask, temperature, logit_softcap, with_entropy, inplace, backend
+        whole = vocab_parallel.all_columns(logits, shard)
+        kept = replay.kept(whole, target_ids, kept_ids, kept_offsets)
+        logits, target_ids = replay.kept_logits(logits, kept, inplace, shard), kept.place
+        inplace, shard = True, None  # they are a copy
+    targets, options = arguments.targets_of(
+        logits, target_ids, mask, temperature, logit_softcap, with_entropy, backend
     )
-    return passes.logprobs_of(logits, targets, options, inplace, backend)
+    return passes.logprobs_of(logits, targets, options, inplace, backend, shard)

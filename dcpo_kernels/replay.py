@@ -8,55 +8,103 @@ vocabulary, and the gradient is zero elsewhere.
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dcpo_kernels.vocab_parallel import Shard, gathered, local_ids
+
+
+class Kept(NamedTuple):
+    """The kept ids of each row, and its target among them."""
+
+    ids: Tensor  # [.., S] int64; the padding holds the row's first
+    padding: Tensor  # [.., S] bool
+    place: Tensor  # [..] int64, of the target; 0 where it is none of them
+    found: Tensor  # [..] bool: it is one
+
 
 class _Gather(torch.autograd.Function):
-    """[.., V] to [.., S]: the kept logits, -inf in the padding, NaN in rows that are not found."""
+    """[.., V] to [.., S], at ids whose gradient is the same wherever they come again."""
 
     @staticmethod
-    def forward(ctx, logits, ids, found, inplace):
+    def forward(ctx, logits, ids, inplace):
         ctx.save_for_backward(ids, *[logits] * inplace)
         ctx.shape, ctx.inplace = logits.shape, inplace
-        kept = logits.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
-        return torch.where(found[..., None], kept, torch.nan)
+        return logits.gather(-1, ids)
 
     @staticmethod
     def backward(ctx, gradient):
         ids, *logits = ctx.saved_tensors
-        # The padding writes what the first kept id gets, there: every place has one value, whatever
-        # the order.
-        padding = ids < 0
-        first = (~padding).to(torch.int64).argmax(-1, keepdim=True)
-        index = torch.where(padding, ids.gather(-1, first), ids).clamp(min=0)
-        values = torch.where(padding, gradient.gather(-1, first), gradient)
         if not ctx.inplace:
             whole = gradient.new_zeros(ctx.shape)
-            return whole.scatter_(-1, index, values), None, None, None
-        whole = logits[0].detach().zero_().scatter_(-1, index, values)
+            return whole.scatter_(-1, ids, gradient), None, None
+        whole = logits[0].detach().zero_().scatter_(-1, ids, gradient)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(whole)
-        return whole, None, None, None
+        return whole, None, None
 
 
-def kept(
-    logits: Tensor,
-    target_ids: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor | None,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept logits [.., S], the target's place among them (0 where it is none of them), and
-    whether it is one."""
+class _GatherParts(torch.autograd.Function):
+    """The same where each rank has some of the columns: every rank gets all of them."""
+
+    @staticmethod
+    def forward(ctx, logits, ids, shard):
+        own = local_ids(ids, shard)
+        ctx.save_for_backward(own)
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        if shard.width:
+            found = torch.where(own >= 0, logits.gather(-1, own.clamp(min=0)), -torch.inf)
+        else:
+            found = logits.new_full(ids.shape, -torch.inf)
+        return gathered(found, shard.group, "the kept logits").amax(0)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (own,) = ctx.saved_tensors
+        *rows, columns = ctx.shape
+        whole = gradient.new_zeros(*rows, columns + 1)  # the last is for what other ranks have
+        whole.scatter_(-1, torch.where(own < 0, columns, own), gradient)
+        return whole[..., :columns], None, None
+
+
+class _Padded(torch.autograd.Function):
+    """-inf in the padding, NaN in rows whose target was not found. The padding passes on what the
+    row's first id gets, whose place it has: so each place has one gradient, whatever the order."""
+
+    @staticmethod
+    def forward(ctx, values, padding, found):
+        ctx.save_for_backward(padding)
+        values = values.masked_fill(padding, -torch.inf)
+        return torch.where(found[..., None], values, torch.nan)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (padding,) = ctx.saved_tensors
+        first = (~padding).to(torch.int64).argmax(-1, keepdim=True)
+        return torch.where(padding, gradient.gather(-1, first), gradient), None, None
+
+
+def kept_logits(logits: Tensor, kept: Kept, inplace: bool, shard: Shard | None) -> Tensor:
+    """[.., S]"""
+    if shard is None:
+        return padded(_Gather.apply(logits, kept.ids, inplace), kept)
+    return padded(_GatherParts.apply(logits, kept.ids, shard), kept)
+
+
+def padded(values: Tensor, kept: Kept) -> Tensor:
+    return _Padded.apply(values, kept.padding, kept.found)
+
+
+def kept(logits: Tensor, target_ids: Tensor, kept_ids: Tensor, kept_offsets: Tensor | None) -> Kept:
     rows = logits.shape[:-1]
     for name, x in (("kept_ids", kept_ids), ("kept_offsets", kept_offsets)):
         if x is not None and (not isinstance(x, Tensor) or x.dtype not in _IDS):
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a tensor of int64 or int32, got {got}")
     if kept_offsets is not None:
-        kept_ids = _padded(kept_ids, kept_offsets, rows)
+        kept_ids = _in_rows(kept_ids, kept_offsets, rows)
     if kept_ids.shape[:-1] != rows or kept_ids.dim() != logits.dim() or not kept_ids.shape[-1]:
         raise ValueError(
             f"kept_ids must be {[*rows, 'S']} with S >= 1 (padded with -1), or [M] with "
@@ -70,15 +118,20 @@ def kept(
     ids = kept_ids.to(torch.int64)
     _check_ids(ids, logits.shape[-1])
     is_target = ids == target_ids[..., None]
-    found = is_target.any(-1) & (target_ids >= 0)
-    place = is_target.to(torch.int64).argmax(-1)
-    return _Gather.apply(logits, ids, found, inplace), place, found
+    padding = ids < 0
+    first = (~padding).to(torch.int64).argmax(-1, keepdim=True)
+    return Kept(
+        ids=torch.where(padding, ids.gather(-1, first), ids).clamp(min=0),
+        padding=padding,
+        place=is_target.to(torch.int64).argmax(-1),
+        found=is_target.any(-1) & (target_ids >= 0),
+    )
 
 
 _IDS = (torch.int64, torch.int32)
 
 
-def _padded(kept_ids: Tensor, kept_offsets: Tensor, rows: torch.Size) -> Tensor:
+def _in_rows(kept_ids: Tensor, kept_offsets: Tensor, rows: torch.Size) -> Tensor:
     """From one list for all rows (as vLLM returns it) to [.., S]. Waits for the device once: S is
     the longest."""
     if kept_ids.dim() != 1 or kept_offsets.shape != (rows.numel() + 1,):

@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
+
+# Before torch is imported: OpenMP's threads wait asleep. With a worker per core they would spin on
+# a core that another worker's threads need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -46,6 +51,20 @@ def poisoned():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """What looks at the kernels compiled for one GPU runs in one worker, which compiles them once.
+    (pytest-xdist 3.8 has no effect on pytest 9.2 with its mark xdist_group.)"""
+    from xdist.scheduler import LoadGroupScheduling
+
+    class ByGPU(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            gpu = re.search(r"test_triton\.py.*\[(sm_\d+|gfx\d+)\]$", nodeid)
+            return gpu[1] if gpu else nodeid
+
+    return ByGPU(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 def pytest_report_header() -> str:

@@ -116,7 +116,7 @@ def test_rehearsal(part, tmp_path):
     record = json.loads(path.read_text())
     assert record["complete"]
     assert any("seconds" in row for row in record["rows"])
-    if OURS == "cpu":
+    if OURS == "cpu" and path.stem != "linear":
         assert gpu_check.fastest(path) == ["cpu", "16", "503"]
 
 

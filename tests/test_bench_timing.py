@@ -207,6 +207,15 @@ def test_graph_that_cannot_be_captured_is_timed_call_by_call():
     assert clock.sample(rotation) == pytest.approx(1e-3)
 
 
+def test_without_a_graph_one_call_is_timed_with_the_cache_overwritten():
+    gpu = PaperGpu(l2_bytes=100)
+    clock = graphs.CudaClock(gpu, capture=False)
+    rotation = clock.prepare(PaperCall(gpu, 1))
+    assert (rotation.graph, rotation.reason, len(rotation.calls)) == (None, "", 1)
+    assert clock.sample(rotation) == pytest.approx(1e-3)
+    assert len(clock._flush) == 300 and "overwritten" in clock.cache
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 

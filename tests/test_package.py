@@ -231,7 +231,9 @@ LAYERS = [
     {"_C", "kernels"},
     {"backends"},
     {"ops"},
-    {"losses", "passes", "arguments", "checks", "function", "replay", "parallel", "__init__"},
+    {"losses", "passes", "arguments", "checks", "function", "replay", "__init__"}
+    | {"linear", "linear_passes", "vocab_parallel", "beyond_target"}
+    | {"parallel", "context", "collectives"},
     {"integrations", "bench", "train", "info"},
     {"demo", "cli"},
 ]

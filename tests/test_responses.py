@@ -4,6 +4,7 @@ what the reference says."""
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 
 import emulator
@@ -400,9 +401,10 @@ def test_a_response_is_the_same_bits_alone_and_among_others(backend):
 STRESS = ("cuda.cpp", "hopper.cpp", "cuda/responses.cu", "cpu/responses.cpp")
 
 
-def stress(*arguments: int, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def stress(*arguments: int, flags: tuple[str, ...] = (), **variables: str):
     program = emulator.build("stress_responses", ("stress_responses.cpp", *STRESS), *flags)
-    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    env = {**os.environ, **variables}
+    return subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, env=env)
 
 
 def test_random_batches_under_address_and_undefined_behaviour_sanitizers():
@@ -412,8 +414,8 @@ def test_random_batches_under_address_and_undefined_behaviour_sanitizers():
 
 
 def test_a_missing_barrier_would_be_noticed():
-    flags = ("-DDCPO_EMU_WITHOUT_SYNCTHREADS",)
-    assert all(stress(seed, 1, flags=flags).returncode == 1 for seed in range(3))
+    without = {"DCPO_EMU_WITHOUT_SYNCTHREADS": "1"}
+    assert all(stress(seed, 1, **without).returncode == 1 for seed in range(3))
 
 
 # ---- as torch sees them -------------------------------------------------------------------------

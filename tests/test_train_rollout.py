@@ -11,8 +11,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import dcpo_kernels as dk
 from dcpo_kernels.demo.arithmetic import as_problems, make_sums
-from dcpo_kernels.train.batch import collate, response_logits
+from dcpo_kernels.train.batch import collate, response_logits, response_states
 from dcpo_kernels.train.clock import Clock
+from dcpo_kernels.train.head import head_of
+from dcpo_kernels.train.policy import Policy
 from dcpo_kernels.train.rollout import Rollout, decode, encode, end_ids, generate, sample
 
 # Prompts of different lengths, so that some are padded.
@@ -123,6 +125,27 @@ def test_response_logits_are_those_of_the_whole_sequence(make):
         assert batch.target_ids[part].tolist() == response
         at += len(response)
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=list(MODELS))
+def test_the_head_makes_these_logits_of_hidden_states(make):
+    model = make()
+    rollout = generated(model, MIXED)
+    batch = collate(rollout.prompts, rollout.responses)
+    head = head_of(model)
+    states, logits = response_states(model, batch), response_logits(model, batch)
+    torch.testing.assert_close(head.logits(states), logits, rtol=1e-4, atol=1e-5)
+    assert (head.logit_softcap is not None) == (make is soft_capped_model)
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_a_head_that_does_more_is_not_taken_for_a_projection():
+    model = small_model()
+    model.get_output_embeddings().register_forward_hook(lambda module, _, out: out.clamp(max=0.5))
+    assert head_of(model) is None
+    assert Policy.of(model, "auto").head is None
+    with pytest.raises(ValueError, match="loss_from='hidden': the logits of GPT2"):
+        Policy.of(model, "hidden")
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=list(MODELS))

@@ -9,7 +9,7 @@ import torch
 from train_world import PROBLEMS, TOKENIZER, small_model, small_trainer, without_times
 
 import dcpo_kernels as dk
-from dcpo_kernels.train import TrainConfig, Trainer, experience, recipes, step
+from dcpo_kernels.train import TrainConfig, Trainer, experience, policy, recipes
 from dcpo_kernels.train.batch import collate, response_logits
 from dcpo_kernels.train.clock import PHASES, Clock
 from dcpo_kernels.train.rewards import reward
@@ -53,6 +53,17 @@ def test_micro_batches_do_not_change_the_gradient(method):
         assert loss == pytest.approx(losses[0], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["dcpo", "gspo"])
+def test_from_hidden_states_or_logits_the_gradient_is_the_same(method):
+    trainers = [small_trainer(method, loss_from=way) for way in ("hidden", "logits")]
+    gradients = []
+    for trainer in trainers:
+        past = collected(trainer)
+        trainer.accumulate(past, range(8), Clock(CPU))
+        gradients.append(gradient(trainer.model))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5 * float(gradients[0].abs().max()))
+
+
 def test_otm_is_clipped_like_the_mean_over_responses(monkeypatch):
     """OTM adds up the 8 responses of a minibatch, which seq-mean-token-mean averages."""
     clipped = []
@@ -80,10 +91,10 @@ def test_metrics_are_what_a_hand_gets(method, monkeypatch):
     outs = []
 
     def spy(*args, **kwargs):
-        outs.append(dk.policy_loss(*args, **kwargs))
+        outs.append(dk.linear_policy_loss(*args, **kwargs))
         return outs[-1]
 
-    monkeypatch.setattr(step, "policy_loss", spy)
+    monkeypatch.setattr(policy, "linear_policy_loss", spy)
     got = trainer.step()
     past = trainer.last
 

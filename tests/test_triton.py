@@ -68,10 +68,8 @@ SCALARS = {"fused": 12, "row_stats": 4, "row_gradient": 8, "multiply_": 1}  # on
 
 
 def on(*archs: str):
-    """Those of one GPU go to one worker: they look at the same kernels."""
-    return pytest.mark.parametrize(
-        "arch", [pytest.param(arch, marks=pytest.mark.xdist_group(arch)) for arch in archs]
-    )
+    """Those of one GPU look at the same kernels, and go to one worker (conftest.py)."""
+    return pytest.mark.parametrize("arch", archs)
 
 
 NVIDIA = on("sm_80", "sm_90", "sm_100", "sm_120")

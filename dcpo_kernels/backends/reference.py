@@ -21,6 +21,7 @@ from dcpo_kernels.decide import (
     GEOMETRIC_CLIP,
     TOPK_KL,
     TOPK_TV,
+    Decision,
     cut_weight,
     log_ratio_part,
     rollout_weight,
@@ -123,44 +124,50 @@ def divergence(
     them) and one bucket for the rest. Full: over the whole row of old_logits / temperature. KL is
     KL(q || p).
     """
-    if kind in (TOPK_TV, TOPK_KL):
-        assert topk_ids is not None and topk_logprobs is not None
-        log_p = log_softmax(logits, temperature)
-        ids, sampled = topk_ids.long(), target_ids[:, None]
-        listed = (ids == sampled).any(-1, keepdim=True)
-        new = torch.cat([log_p.gather(-1, ids), log_p.gather(-1, sampled)], -1)
-        old = torch.cat([topk_logprobs, old_logprobs[:, None]], -1).to(new.dtype)
-        counted = torch.cat([torch.ones_like(ids, dtype=torch.bool), ~listed], -1)
-        p, q = torch.where(counted, new.exp(), 0.0), torch.where(counted, old.exp(), 0.0)
-        rest_p = (1 - p.sum(-1)).clamp(min=MIN_REST)
-        rest_q = (1 - q.sum(-1)).clamp(min=MIN_REST)
-        if kind == TOPK_TV:
-            return 0.5 * ((p - q).abs().sum(-1) + (rest_p - rest_q).abs())
-        inside = torch.where(q > 0, q * (old - new), 0.0).sum(-1)
-        return inside + rest_q * (rest_q.log() - rest_p.log())
-    if kind in (FULL_TV, FULL_KL):
-        assert old_logits is not None
-        log_p = log_softmax(logits, temperature)
+    if kind not in (TOPK_TV, TOPK_KL, FULL_TV, FULL_KL):
+        return None
+    log_p, log_q = log_softmax(logits, temperature), None
+    if old_logits is not None:
         log_q = log_softmax(old_logits.to(log_p.dtype), temperature)
+    return divergence_of(kind, log_p, target_ids, old_logprobs, topk_ids, topk_logprobs, log_q)
+
+
+def divergence_of(
+    kind: int,
+    log_p: Tensor,  # [N, V]; of a full divergence some columns, and it is their part
+    target_ids: Tensor,
+    old_logprobs: Tensor,
+    topk_ids: Tensor | None = None,
+    topk_logprobs: Tensor | None = None,
+    log_q: Tensor | None = None,  # as log_p
+) -> Tensor:
+    """The same from log-probabilities."""
+    if kind in (FULL_TV, FULL_KL):
+        assert log_q is not None
         p, q = log_p.exp(), log_q.exp()
         if kind == FULL_TV:
             return 0.5 * (p - q).abs().sum(-1)
         return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
-    return None
+    assert topk_ids is not None and topk_logprobs is not None
+    ids, sampled = topk_ids.long(), target_ids[:, None]
+    listed = (ids == sampled).any(-1, keepdim=True)
+    new = torch.cat([log_p.gather(-1, ids), log_p.gather(-1, sampled)], -1)
+    old = torch.cat([topk_logprobs, old_logprobs[:, None]], -1).to(new.dtype)
+    counted = torch.cat([torch.ones_like(ids, dtype=torch.bool), ~listed], -1)
+    p, q = torch.where(counted, new.exp(), 0.0), torch.where(counted, old.exp(), 0.0)
+    rest_p = (1 - p.sum(-1)).clamp(min=MIN_REST)
+    rest_q = (1 - q.sum(-1)).clamp(min=MIN_REST)
+    if kind == TOPK_TV:
+        return 0.5 * ((p - q).abs().sum(-1) + (rest_p - rest_q).abs())
+    inside = torch.where(q > 0, q * (old - new), 0.0).sum(-1)
+    return inside + rest_q * (rest_q.log() - rest_p.log())
 
 
-def centre(
-    o: Numbers,
-    logits: Tensor,
-    advantages: Tensor,
-    temperature: Temperature,
-    topk_ids: Tensor,
-    topk_logprobs: Tensor,
-) -> Tensor:
+def centre(o: Numbers, log_p: Tensor, advantages: Tensor, topk_logprobs: Tensor) -> Tensor:
     """What a weight f of the ratio leaves of the score's mean over the engine's distribution q
     (arXiv 2609.20807), [N]: sum over the top K of (q f(p/q) - alpha p) log p, and alpha of the
-    bucket for the rest, whose scores add up to minus those of the top K."""
-    log_p = log_softmax(logits, temperature).gather(-1, topk_ids.long())
+    bucket for the rest, whose scores add up to minus those of the top K. log_p, topk_logprobs:
+    [N, K]."""
     log_q, A = topk_logprobs.to(log_p.dtype), advantages[:, None]
     p, q, log_ratio = log_p.detach().exp(), log_q.exp(), log_p.detach() - log_q
     none = (q == 0) | (log_ratio.abs() > MAX_LOG_RATIO)  # a sampled token would have no gradient
@@ -170,10 +177,32 @@ def centre(
     return torch.where(slopes == 0, 0.0, slopes * log_p).sum(-1)
 
 
+def decision_of(
+    numbers: Numbers,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    beyond: Tensor | None,  # the divergence or the centre, where `decide` needs one from outside
+    tokens: records.Tokens,
+) -> Decision:
+    """`decide` of tokens, all of which are read. [N]"""
+    old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+    return decide_tokens(
+        numbers,
+        logprobs,
+        old,
+        tokens.advantages,
+        entropy=_weighted(entropy, tokens.entropy_weights),
+        ref_logprobs=tokens.ref_logprobs,
+        importance_weights=_importance(numbers, tokens, old),
+        log_ratio=tokens.log_ratio,
+        divergence=beyond,
+    )
+
+
 # ---- the operators ------------------------------------------------------------------------------
 
 
-def _read_rows(x: Any, read: Tensor, nothing: float = 0.0) -> Any:
+def read_rows(x: Any, read: Tensor, nothing: float = 0.0) -> Any:
     """[N, ..]: x with `nothing` in the rows that are not read, whatever stands there."""
     if x is None:
         return None
@@ -181,8 +210,8 @@ def _read_rows(x: Any, read: Tensor, nothing: float = 0.0) -> Any:
     return torch.where(read.view(-1, *[1] * (x.dim() - 1)), x, nothing)
 
 
-def _read_tokens(tokens: records.Tokens, read: Tensor, dtype: torch.dtype) -> records.Tokens:
-    values: list[Any] = [None if x is None else _read_rows(x, read).to(dtype) for x in tokens]
+def read_tokens(tokens: records.Tokens, read: Tensor, dtype: torch.dtype) -> records.Tokens:
+    values: list[Any] = [None if x is None else read_rows(x, read).to(dtype) for x in tokens]
     return type(tokens)(*values)
 
 
@@ -208,36 +237,27 @@ def fused(
 ) -> None:
     read, dtype = tokens.weights != 0, compute_dtype(logits)
     # Upcast here and nowhere else: then the gradient is rounded to the dtype of the logits once.
-    x, slope = capped(_read_rows(logits.detach(), read).to(dtype), options.softcap)
-    old_logits = _read_rows(rows.old_logits, read)
+    x, slope = capped(read_rows(logits.detach(), read).to(dtype), options.softcap)
+    old_logits = read_rows(rows.old_logits, read)
     if old_logits is not None:
         old_logits, _ = capped(old_logits.to(dtype), options.softcap)
-    ids = _read_rows(rows.target_ids, read, 0)
-    topk = {"topk_ids": _read_rows(rows.topk_ids, read, 0)}
-    topk["topk_logprobs"] = _read_rows(rows.topk_logprobs, read)
-    tokens = _read_tokens(tokens, read, dtype)
+    ids = read_rows(rows.target_ids, read, 0)
+    topk = {"topk_ids": read_rows(rows.topk_ids, read, 0)}
+    topk["topk_logprobs"] = read_rows(rows.topk_logprobs, read)
+    tokens = read_tokens(tokens, read, dtype)
     temperature = _temperature(rows.temperatures, read, options.temperature, dtype)
     with _autograd(gradient is not None):
         x.requires_grad_(gradient is not None)
         stats = softmax_stats(x, ids, temperature)
         old = stats.logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
         if numbers.score_centering:
-            beyond = centre(numbers, x, tokens.advantages, temperature, **topk)
+            log_p = log_softmax(x, temperature).gather(-1, topk["topk_ids"].long())
+            beyond = centre(numbers, log_p, tokens.advantages, topk["topk_logprobs"])
         else:
             beyond = divergence(
                 numbers.divergence, x, ids, old, temperature, **topk, old_logits=old_logits
             )
-        decision = decide_tokens(
-            numbers,
-            stats.logprobs,
-            old,
-            tokens.advantages,
-            entropy=_weighted(stats.entropy, tokens.entropy_weights),
-            ref_logprobs=tokens.ref_logprobs,
-            importance_weights=_importance(numbers, tokens, old),
-            log_ratio=tokens.log_ratio,
-            divergence=beyond,
-        )
+        decision = decision_of(numbers, stats.logprobs, stats.entropy, beyond, tokens)
         loss = (tokens.weights * decision.loss).sum()
         dx = None if gradient is None else torch.autograd.grad(loss, x)[0]
     if gradient is not None and dx is not None:
@@ -273,7 +293,7 @@ def _temperature(
 ) -> Temperature:
     if temperatures is None:
         return temperature
-    T = _read_rows(temperatures, read, 1.0).to(dtype)
+    T = read_rows(temperatures, read, 1.0).to(dtype)
     return torch.where(T > 0, T, torch.nan)
 
 
@@ -285,11 +305,11 @@ def row_stats(
     if targets.mask is not None:
         read = targets.mask != 0
     temperature = _temperature(targets.temperatures, read, options.temperature, dtype)
-    x, _ = capped(_read_rows(logits, read).to(dtype), options.softcap)
-    ids = _read_rows(targets.target_ids, read, 0)
+    x, _ = capped(read_rows(logits, read).to(dtype), options.softcap)
+    ids = read_rows(targets.target_ids, read, 0)
     for result, values in zip(stats, softmax_stats(x, ids, temperature), strict=True):
         if result.numel():
-            result.copy_(_read_rows(values, read.view(-1)).view_as(result))
+            result.copy_(read_rows(values, read.view(-1)).view_as(result))
 
 
 def row_gradient(
@@ -306,16 +326,16 @@ def row_gradient(
     read = read if c.h is None else read | (c.h != 0)
     T = _temperature(c.temperatures, read, temperature, dtype)
     T = T[:, None] if isinstance(T, Tensor) else T
-    x, slope = capped(_read_rows(logits, read).to(dtype), softcap)
-    row_max, log_sum = (_read_rows(value, read)[:, None] for value in (c.row_max, c.log_sum))
+    x, slope = capped(read_rows(logits, read).to(dtype), softcap)
+    row_max, log_sum = (read_rows(value, read)[:, None] for value in (c.row_max, c.log_sum))
     log_p = (x - row_max) / T - log_sum
     p = log_p.exp()
     rows = read.view(-1)
-    ids, g = _read_rows(ids, rows, 0), _read_rows(g, rows)
+    ids, g = read_rows(ids, rows, 0), read_rows(g, rows)
     own = torch.zeros_like(p).scatter_add_(1, ids, g)  # of the targets that are this entry
     dx = own * (1 - p) - (g.sum(-1, keepdim=True) - own) * p
     if c.h is not None:
-        h, entropy = _read_rows(c.h, read)[:, None], _read_rows(c.entropy, read)[:, None]
+        h, entropy = read_rows(c.h, read)[:, None], read_rows(c.entropy, read)[:, None]
         dx = dx - torch.where(p == 0, 0.0, h * p * (log_p + entropy))
     if factor is not None:
         dx = dx * factor
@@ -388,8 +408,8 @@ def decide(
 ) -> None:
     live = tokens.weights != 0
     dtype = read.logprobs.dtype
-    logprobs, entropy = _read_rows(read.logprobs, live), _read_rows(read.entropy, live)
-    tokens = _read_tokens(tokens, live, dtype)
+    logprobs, entropy = read_rows(read.logprobs, live), read_rows(read.entropy, live)
+    tokens = read_tokens(tokens, live, dtype)
     old = logprobs if tokens.old_logprobs is None else tokens.old_logprobs
     log_ratio = tokens.log_ratio
     count = groups.lengths.numel()

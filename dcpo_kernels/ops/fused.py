@@ -21,7 +21,7 @@ from dcpo_kernels.ops.records import (
 )
 
 
-def _results(logits: Tensor, options: Options) -> tuple[Results, Written]:
+def results_of(logits: Tensor, options: Options) -> tuple[Results, Written]:
     shape = logits.shape[:-1]
     token_loss = logits.new_empty(shape, dtype=result_dtype(logits))
     new = token_loss.new_empty
@@ -40,15 +40,7 @@ def _gradient(logits: Tensor, with_gradient: bool) -> Tensor:
     return logits.new_empty(logits.shape if with_gradient else 0)
 
 
-def _run(
-    logits: Tensor,
-    gradient: Tensor | None,
-    rows: Rows,
-    tokens: Tokens,
-    numbers: Numbers,
-    options: Options,
-    backend: str,
-) -> list[Tensor]:
+def check_rows(logits: Tensor, rows: Rows, tokens: Tokens) -> None:
     count = logits.shape[:-1].numel()
     k = 0 if rows.topk_ids is None else rows.topk_ids.shape[-1]
     if rows.old_logits is not None and rows.old_logits.shape != logits.shape:
@@ -60,7 +52,19 @@ def _run(
     if rows.topk_ids is not None:
         check_ids("topk_ids", rows.topk_ids, logits, tokens.weights)
         check_distinct("topk_ids", rows.topk_ids, tokens.weights)
-    results, written = _results(logits, options)
+
+
+def _run(
+    logits: Tensor,
+    gradient: Tensor | None,
+    rows: Rows,
+    tokens: Tokens,
+    numbers: Numbers,
+    options: Options,
+    backend: str,
+) -> list[Tensor]:
+    check_rows(logits, rows, tokens)
+    results, written = results_of(logits, options)
     if logits.numel():
         kernels = backends.kernels(backend)
         kernels.fused(logits, gradient, rows, tokens, numbers, options, results, written)
@@ -76,7 +80,7 @@ def _launch(logits, *flat):
 
 def _fake(logits, *flat):
     _, _, _, options, (with_gradient, _) = unpack(flat, *_RECORDS)
-    results, written = _results(logits, options)
+    results, written = results_of(logits, options)
     return *results, *written, _gradient(logits, with_gradient)
 
 
@@ -88,7 +92,7 @@ def _launch_in_place(logits, *flat):
 
 def _fake_in_place(logits, *flat):
     _, _, _, options, _ = unpack(flat, *_RECORDS)
-    results, written = _results(logits, options)
+    results, written = results_of(logits, options)
     return *results, *written
 
 

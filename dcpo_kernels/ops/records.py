@@ -152,6 +152,31 @@ class Coefficients(NamedTuple):
     h: Tensor  # in the entropy; [0] where there is no entropy term
 
 
+class Head(NamedTuple):
+    """What makes the logits of hidden states: hidden @ weight.T + bias."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    float32_logits: bool  # of a 16-bit product too
+    memory_limit: int  # bytes that the logits of a chunk may take
+
+
+class Wanted(NamedTuple):
+    """Which gradients a head is asked for."""
+
+    of_hidden: bool
+    of_weight: bool
+    of_bias: bool
+
+
+class HeadGradients(NamedTuple):
+    """[0] for those that are not wanted."""
+
+    hidden_gradient: Tensor  # of the dtype and shape of the hidden states
+    weight_gradient: Tensor  # [V, D]
+    bias_gradient: Tensor  # [V]
+
+
 class Totals(NamedTuple):
     loss: Tensor  # scalar: the sum of weight times token_loss
     response_loss: Tensor  # [R] mean of token_loss over the response's tokens, 0 where it has none

@@ -3,6 +3,8 @@ per row."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from dcpo_kernels.ops.library import (
     define,
     targets_per_row,
 )
-from dcpo_kernels.ops.records import RowCoefficients, schema_of, unpack
+from dcpo_kernels.ops.records import RowCoefficients, replaced, schema_of, unpack
 
 _SCHEMA = (
     f"{schema_of(RowCoefficients)}, Tensor? factor, float temperature, float softcap, str backend"
@@ -61,6 +63,19 @@ def _launch_in_place(logits, *flat):
 
 def _fake_in_place(logits, *_):
     pass
+
+
+def write_part(
+    write: Callable[[Tensor, RowCoefficients], None], logits: Tensor, c: RowCoefficients
+) -> None:
+    """Where logits are some of a row's columns, and a target of -1 is none of them. write(logits,
+    coefficients) overwrites rows with their gradient, and takes each target for a column. Those
+    that are none are taken for the first, whose gradient is made apart: in a row with a copy of it,
+    which stands for them."""
+    pair = logits[..., :1].expand(*logits.shape[:-1], 2).contiguous()
+    write(logits, replaced(c, target_ids=c.target_ids.clamp(min=0)))
+    write(pair, replaced(c, target_ids=(c.target_ids != 0).to(torch.int64)))
+    logits[..., :1] = pair[..., :1]
 
 
 row_gradient = define(f"row_gradient(Tensor logits, {_SCHEMA}) -> Tensor", _launch, _fake)

@@ -10,7 +10,7 @@ from dcpo_kernels.ops.library import check_ids, check_tensors, define, targets_p
 from dcpo_kernels.ops.records import Options, RowStats, Targets, result_dtype, schema_of, unpack
 
 
-def _results(logits: Tensor, targets: Targets, options: Options) -> RowStats:
+def results_of(logits: Tensor, targets: Targets, options: Options) -> RowStats:
     def new(shape):
         return logits.new_empty(shape, dtype=result_dtype(logits))
 
@@ -29,7 +29,7 @@ def _launch(logits, *flat):
     k = targets_per_row(logits, targets.target_ids)
     check_tensors(logits, targets, count, target_ids=count * k)
     check_ids("target_ids", targets.target_ids, logits, targets.mask)
-    stats = _results(logits, targets, options)
+    stats = results_of(logits, targets, options)
     if logits.numel():
         backends.kernels(backend).row_stats(logits, targets, options, stats)
     return tuple(stats)
@@ -37,7 +37,7 @@ def _launch(logits, *flat):
 
 def _fake(logits, *flat):
     targets, options, _ = unpack(flat, Targets, Options)
-    return tuple(_results(logits, targets, options))
+    return tuple(results_of(logits, targets, options))
 
 
 row_stats = define(

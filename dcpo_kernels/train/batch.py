@@ -55,6 +55,19 @@ def head_sees(model: Any, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
         hook.remove()
 
 
+def response_states(model: Any, batch: Batch) -> Tensor:
+    """[N, D] what the vocabulary projection gets at the places that predict batch.target_ids."""
+    seen: list[Tensor] = []
+
+    def select(hidden: Tensor) -> Tensor:
+        seen.append(hidden[batch.predicts])
+        return hidden[:, :0]  # no logits are made
+
+    with head_sees(model, select):
+        model(input_ids=batch.input_ids, use_cache=False)
+    return seen[0]
+
+
 def response_logits(model: Any, batch: Batch) -> Tensor:
     """[N, V] logits that predict batch.target_ids. No others are computed."""
     with head_sees(model, lambda hidden: hidden[batch.predicts]):

@@ -10,6 +10,7 @@ from dcpo_kernels.objective import Objective
 from dcpo_kernels.presets import dapo, dcpo, dppo, grpo, gspo
 
 ADVANTAGES = ("smooth", "group")
+LOSS_FROM = ("auto", "hidden", "logits")
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class TrainConfig:
         left (DAPO), at most sampling_rounds times.
     minibatches: optimizer steps per rollout. With one, every ratio is 1 and nothing ever clips.
     micro_batch_size: responses in one forward pass. Changes memory and time, not the result.
+    loss_from: what the loss starts from. "hidden": hidden states and the weight of the vocabulary
+        projection, so that logits exist a chunk at a time and rows without a gradient cost no
+        product; "logits": those of a micro-batch; "auto": hidden states where the model's logits
+        are a projection of them, a scale and a soft cap.
     temperature: of the rollouts, and of the policy in the loss: both are one distribution.
     """
 
@@ -34,6 +39,7 @@ class TrainConfig:
     minibatches: int = 4
     micro_batch_size: int = 64
     max_new_tokens: int = 1024
+    loss_from: str = "auto"
     temperature: float = 1.0
     learning_rate: float = 1e-6
     weight_decay: float = 0.0
@@ -47,6 +53,8 @@ class TrainConfig:
             )
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"advantage={self.advantage!r} is not one of {', '.join(ADVANTAGES)}")
+        if self.loss_from not in LOSS_FROM:
+            raise ValueError(f"loss_from={self.loss_from!r} is not one of {', '.join(LOSS_FROM)}")
         for field, least in (
             ("sampling_rounds", 1),
             ("prompts_per_step", 1),

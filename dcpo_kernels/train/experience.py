@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dcpo_kernels.advantages import SmoothAdvantage, group_advantage
-from dcpo_kernels.losses import selected_logprobs
-from dcpo_kernels.train.batch import collate, response_logits
+from dcpo_kernels.train.batch import collate
 from dcpo_kernels.train.clock import Clock
 from dcpo_kernels.train.config import TrainConfig
 from dcpo_kernels.train.data import Problem, ProblemOrder
+from dcpo_kernels.train.policy import Policy
 from dcpo_kernels.train.rewards import score
 from dcpo_kernels.train.rollout import Rollout, decode, encode, end_ids, generate
 
@@ -32,9 +32,10 @@ class Sampler:
     """Samples responses and prepares what a step learns from; keeps the state of sampling."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, problems: Sequence[Problem], config: TrainConfig
+        self, policy: Policy, tokenizer: Any, problems: Sequence[Problem], config: TrainConfig
     ) -> None:
-        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.policy, self.tokenizer, self.config = policy, tokenizer, config
+        self.model = model = policy.model
         self.order = ProblemOrder(problems, config.prompts_per_step, config.seed)
         self.smooth = SmoothAdvantage()
         self.generator = torch.Generator(model.device).manual_seed(config.seed)
@@ -103,9 +104,9 @@ class Sampler:
         for start in range(0, len(rollout), size):
             part = rollout.select(range(start, min(start + size, len(rollout))))
             batch = collate(part.prompts, part.responses, self.model.device)
-            logprobs, entropy = selected_logprobs(
-                response_logits(self.model, batch),
-                batch.target_ids,
+            logprobs, entropy = self.policy.logprobs(
+                self.policy.run(batch),
+                batch,
                 temperature=self.config.temperature,
                 with_entropy=True,
             )

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from dcpo_kernels.losses import policy_loss
 from dcpo_kernels.metrics import response_utilization_ratio, summarize
 from dcpo_kernels.objective import CLIPPED
-from dcpo_kernels.train.batch import collate, response_logits
+from dcpo_kernels.train.batch import collate
 from dcpo_kernels.train.clock import PHASES, Clock
 from dcpo_kernels.train.config import TrainConfig
 from dcpo_kernels.train.data import Problem
 from dcpo_kernels.train.experience import Experience, Sampler
+from dcpo_kernels.train.policy import Policy
 from dcpo_kernels.train.rewards import RIGHT, UNFORMATTED
 
 Metrics = dict[str, float]
@@ -29,7 +29,8 @@ class Trainer:
         self.model = model.eval()  # dropout would move the ratio away from 1 before any update
         self.tokenizer = tokenizer
         self.config = config
-        self.sampler = Sampler(model, tokenizer, problems, config)
+        self.policy = Policy.of(model, config.loss_from)
+        self.sampler = Sampler(self.policy, tokenizer, problems, config)
         lr, decay = config.learning_rate, config.weight_decay
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=decay, fused=True)
         self.steps = 0
@@ -72,11 +73,11 @@ class Trainer:
             batch = collate(chosen.prompts, chosen.responses, device)
             advantages = experience.advantages[part].to(device)
             with clock("forward"):
-                logits = response_logits(self.model, batch)
+                made = self.policy.run(batch)
             with clock("loss"):
-                out = policy_loss(
-                    logits,
-                    batch.target_ids,
+                out = self.policy.loss(
+                    made,
+                    batch,
                     torch.cat([experience.old_logprobs[i] for i in part]),
                     advantages,
                     lengths=batch.lengths,
@@ -86,7 +87,6 @@ class Trainer:
                     num_tokens=sum(lengths.values()),
                     max_length=config.max_new_tokens,
                     skip_zero_advantage=True,
-                    inplace=True,
                 )
             with clock("backward"):
                 out.loss.backward()

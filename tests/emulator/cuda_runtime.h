@@ -165,11 +165,10 @@ auto exchange(uint32_t bits, Use&& use) {
 #define DCPO_SHARED(name) unsigned char* name = emu::self().block->shared
 
 // A test leaves it out, to see that it would be missed.
-#if defined(DCPO_EMU_WITHOUT_SYNCTHREADS)
-inline void __syncthreads() {}
-#else
-inline void __syncthreads() { emu::self().block->barrier.arrive_and_wait(true, "__syncthreads"); }
-#endif
+inline const bool without_syncthreads = std::getenv("DCPO_EMU_WITHOUT_SYNCTHREADS") != nullptr;
+inline void __syncthreads() {
+  if (!without_syncthreads) emu::self().block->barrier.arrive_and_wait(true, "__syncthreads");
+}
 
 inline float __shfl_sync(unsigned, float x, int lane) {
   return emu::exchange(__float_as_uint(x),
