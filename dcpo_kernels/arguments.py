@@ -249,7 +249,7 @@ def with_rows(
         options=Options(
             number,
             with_entropy or objective.entropy_coef != 0,
-            checks.softcap_number(logit_softcap, batch.backend),
+            checks.softcap_number(logit_softcap),
         ),
         loss_scale=checks.loss_scale(loss_scale, logits),
         inplace=inplace,
@@ -275,5 +275,5 @@ def targets_of(
     else:
         number = checks.temperature_number(temperature)
     ids = checks.targets(target_ids, logits)
-    softcap = checks.softcap_number(logit_softcap, backend)
+    softcap = checks.softcap_number(logit_softcap)
     return Targets(ids, token_mask, temperatures), Options(number, with_entropy, softcap)

@@ -279,7 +279,7 @@ def temperature_number(temperature: float) -> float:
     return float(temperature)
 
 
-def softcap_number(softcap: float | None, backend: str) -> float:
+def softcap_number(softcap: float | None) -> float:
     """0 where there is none. Its range is what float32 can divide by."""
     if softcap is None:
         return 0.0
@@ -287,8 +287,6 @@ def softcap_number(softcap: float | None, backend: str) -> float:
         raise TypeError(f"logit_softcap must be a number or None, got {softcap!r}")
     if not 1e-30 <= softcap <= 1e30:
         raise ValueError(f"logit_softcap={softcap} must be > 0 and finite, from 1e-30 to 1e30")
-    if backend == "cuda":
-        raise NotImplementedError(f"logit_softcap is not there yet for backend={backend!r}")
     return float(softcap)
 
 

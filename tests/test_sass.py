@@ -20,8 +20,9 @@ TOOLS = Path("backends", "nvidia", "bin")
 # to share a multiprocessor.
 REGISTERS = {"fused_resident": 64, "fused_streaming": 64, "row_stats": 64, "row_gradient": 80}
 REGISTERS |= {"fused_divergence": 128, "multiply_kernel": 255}
-KERNELS = {"fused_resident": 8, "fused_streaming": 6, "row_stats": 6, "row_gradient": 6}
-KERNELS |= {"fused_divergence": 3, "multiply_kernel": 3}
+# A third of row_stats and row_gradient are for rows with a softcap, and half of fused_divergence.
+KERNELS = {"fused_resident": 8, "fused_streaming": 6, "row_stats": 9, "row_gradient": 9}
+KERNELS |= {"fused_divergence": 6, "multiply_kernel": 3}
 # Those that take some bytes per row; they are no templates.
 SMALL = {"token_weights_kernel": 64, "finish_kernel": 64}
 SMALL |= {"decide_kernel": 255, "decide_responses_kernel": 255}

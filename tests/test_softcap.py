@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import CPU, on_backends
+from backends import EVERYWHERE, GPU, KERNELS, on_backends
 from numerics import INF, NAN
 from problems import DTYPES, OBJECTIVES, assert_matches, problem
 
 import dcpo_kernels as dk
 
-everywhere = on_backends("reference", *CPU, "triton interpreted", "triton")
+everywhere = on_backends(*EVERYWHERE)
 on_softcaps = pytest.mark.parametrize("softcap", [30.0, 2.0])
 # One pass, one with an entropy term, two passes, listed tokens, a whole row of old logits.
 NAMES = ["dcpo", "grpo", "gspo", "cispo-centered", "penalty-topk_kl", "dppo-kl", "penalty-tv"]
@@ -99,7 +99,7 @@ def test_a_gradient_of_what_is_saturated(use_backend):
         torch.testing.assert_close(found[1].double(), found[3], rtol=2e-5, atol=1e-35)
 
 
-@on_backends(*CPU, "triton interpreted", "triton")
+@on_backends(*KERNELS, *GPU)
 def test_a_dominant_token(use_backend):
     """Its logit and the row's maximum are capped to the same bits, or the digits beside 1 are
     lost."""

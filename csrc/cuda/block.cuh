@@ -5,7 +5,8 @@
 
 namespace dcpo {
 
-constexpr int kUnroll = 4;  // 16-byte loads in flight per thread
+// 16-byte loads in flight per thread; one under a softcap, where a thread has more to compute.
+constexpr int kUnroll = 4;
 
 // The 16 bytes of a row that are no 16 bytes of memory: by words, and where those begin between two
 // words (kHalves) with a half at each end. Nothing beside them is touched: another block may be
@@ -26,52 +27,81 @@ __device__ __forceinline__ uint4 load_unaligned(const void* from) {
 // Adds the 16-byte packs of a row, load(i) each, and what is left of it. Which thread adds what
 // depends on the place in the row alone, not on where the row lies: its sums are the same bits
 // whatever rows stand before it.
-template <bool kEntropy, class T, class Load>
-__device__ __forceinline__ Sums read_packs(const T* x, int64_t vocab, float scale, Load&& load) {
+template <bool kEntropy, class T, class Load, class Cap>
+__device__ __forceinline__ Sums read_packs(const T* x, int64_t vocab, float scale, Load&& load,
+                                           const Cap& cap) {
   const int64_t packs = vocab / kPack<T>, threads = blockDim.x;
   Running sums;
   int64_t i = threadIdx.x;
-  for (; i + (kUnroll - 1) * threads < packs; i += kUnroll * threads) {
-    uint4 bits[kUnroll];
+  if constexpr (!Cap::kCaps) {
+    for (; i + (kUnroll - 1) * threads < packs; i += kUnroll * threads) {
+      uint4 bits[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) bits[u] = load(i + u * threads);
-    absorb<kEntropy, T>(sums, bits, scale);
+      for (int u = 0; u < kUnroll; ++u) bits[u] = load(i + u * threads);
+      absorb<kEntropy, T>(sums, bits, scale, cap);
+    }
   }
   for (; i < packs; i += threads) {
     const uint4 bits[1] = {load(i)};
-    absorb<kEntropy, T>(sums, bits, scale);
+    absorb<kEntropy, T>(sums, bits, scale, cap);
   }
   const int64_t left = packs * kPack<T> + threadIdx.x;
   if (left < vocab) {
-    const float value[1] = {widen(x[left])};
+    const float value[1] = {cap.of(widen(x[left])).value};
     absorb<kEntropy>(sums, value[0], value, scale);
   }
   return sums.sums();
 }
 
-// kAgain: the block reads it again, the last of it first.
-template <bool kEntropy, bool kAgain, class T>
-__device__ Sums read_row(const T* x, int64_t vocab, float scale) {
-  const auto address = reinterpret_cast<uintptr_t>(x);
-  if (address % 16 == 0)
-    return read_packs<kEntropy>(x, vocab, scale, [x](int64_t i) {
-      const uint4* pack = reinterpret_cast<const uint4*>(x) + i;
-      return kAgain ? load_again(pack) : load_once(pack);
-    });
-  if constexpr (sizeof(T) == 2) {
-    if (address % 4 != 0)
-      return read_packs<kEntropy>(
-          x, vocab, scale, [x](int64_t i) { return load_unaligned<true>(x + i * kPack<T>); });
+// Any 16 bytes, by elements where they are no 16 bytes of memory.
+template <bool kAgain, class T>
+__device__ __forceinline__ uint4 load_any(const T* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    const uint4* pack = reinterpret_cast<const uint4*>(from);
+    return kAgain ? load_again(pack) : load_once(pack);
   }
-  return read_packs<kEntropy>(x, vocab, scale,
-                              [x](int64_t i) { return load_unaligned<false>(x + i * kPack<T>); });
+  if constexpr (sizeof(T) == 2) {
+    const uint16_t* half = reinterpret_cast<const uint16_t*>(from);
+    auto word = [half](int i) {
+      return half[2 * i] | static_cast<uint32_t>(half[2 * i + 1]) << 16;
+    };
+    return make_uint4(word(0), word(1), word(2), word(3));
+  }
+  return load_unaligned<false>(from);
+}
+
+// kAgain: the block reads it again, the last of it first.
+template <bool kEntropy, bool kAgain, class T, class Cap>
+__device__ Sums read_row(const T* x, int64_t vocab, float scale, const Cap& cap) {
+  if constexpr (Cap::kCaps) {
+    return read_packs<kEntropy>(
+        x, vocab, scale, [x](int64_t i) { return load_any<kAgain>(x + i * kPack<T>); }, cap);
+  } else {
+    const auto address = reinterpret_cast<uintptr_t>(x);
+    if (address % 16 == 0)
+      return read_packs<kEntropy>(
+          x, vocab, scale,
+          [x](int64_t i) {
+            const uint4* pack = reinterpret_cast<const uint4*>(x) + i;
+            return kAgain ? load_again(pack) : load_once(pack);
+          },
+          cap);
+    if constexpr (sizeof(T) == 2) {
+      if (address % 4 != 0)
+        return read_packs<kEntropy>(
+            x, vocab, scale, [x](int64_t i) { return load_unaligned<true>(x + i * kPack<T>); },
+            cap);
+    }
+    return read_packs<kEntropy>(
+        x, vocab, scale, [x](int64_t i) { return load_unaligned<false>(x + i * kPack<T>); }, cap);
+  }
 }
 
 // The gradient of packs [begin, end) of a row, last first, and, where it is asked for, of the
 // elements outside the packs. dx may be x.
-template <bool kEntropy, class T>
+template <bool kEntropy, class T, class Cap>
 __device__ void write_row(const T* x, T* dx, int64_t vocab, int64_t target, const RowGradient& c,
-                          int64_t begin, int64_t end, bool edges) {
+                          int64_t begin, int64_t end, bool edges, const Cap& cap) {
   const Span<T> span(x, vocab);
   const int threads = blockDim.x, thread = threadIdx.x;
   // Where no 16 bytes are 16 bytes in both rows, elements take the place of packs.
@@ -86,27 +116,29 @@ __device__ void write_row(const T* x, T* dx, int64_t vocab, int64_t target, cons
     mine = (packed ? end - 1 - at / kPack<T> : end * kPack<T> - 1 - at) % threads == thread;
   mine = mine && !c.zero;
   const float target_gradient =
-      mine ? gradient_at<kEntropy>(c, {widen(x[target]), 1.0f}, true) : 0.0f;
+      mine ? gradient_at<kEntropy>(c, cap.of(widen(x[target])), true) : 0.0f;
 
   const Slope slope = slope_of<kEntropy>(c);
   auto element = [&](int64_t j) {
-    narrow(c.zero ? 0.0f : gradient_of<kEntropy>(slope, widen(x[j])), dx[j]);
+    narrow(c.zero ? 0.0f : gradient_of<kEntropy>(slope, cap.of(widen(x[j]))), dx[j]);
   };
   if (edge >= 0) element(edge);
   if (packed) {
     const uint4* from = reinterpret_cast<const uint4*>(x + span.head);
     uint4* to = reinterpret_cast<uint4*>(dx + span.head);
-    auto gradient = [&](uint4 bits) { return gradient_of<kEntropy, T>(slope, bits); };
+    auto gradient = [&](uint4 bits) { return gradient_of<kEntropy, T>(slope, bits, cap); };
     int64_t i = end - 1 - thread;
     if (c.zero) {
       for (; i >= begin; i -= threads) __stcs(to + i, make_uint4(0, 0, 0, 0));
     }
-    for (; i - (kUnroll - 1) * threads >= begin; i -= kUnroll * threads) {
-      uint4 bits[kUnroll];
+    if constexpr (!Cap::kCaps) {
+      for (; i - (kUnroll - 1) * threads >= begin; i -= kUnroll * threads) {
+        uint4 bits[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) bits[u] = __ldcs(from + i - u * threads);
+        for (int u = 0; u < kUnroll; ++u) bits[u] = __ldcs(from + i - u * threads);
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) __stcs(to + i - u * threads, gradient(bits[u]));
+        for (int u = 0; u < kUnroll; ++u) __stcs(to + i - u * threads, gradient(bits[u]));
+      }
     }
     for (; i >= begin; i -= threads) __stcs(to + i, gradient(__ldcs(from + i)));
   } else {

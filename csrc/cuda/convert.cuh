@@ -17,6 +17,13 @@ __device__ __forceinline__ float exp2_approx(float y) {
   return result;
 }
 
+// 1 / x, relative error 2^-23.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 __device__ __forceinline__ float2 widen_half2(uint32_t bits) {
   float2 x;
   asm("{\n\t.reg .b16 lo, hi;\n\tmov.b32 {lo, hi}, %2;\n\t"

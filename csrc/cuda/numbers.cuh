@@ -99,6 +99,32 @@ __device__ __forceinline__ float exp2_polynomial(float y) {
   return y >= -126.0f ? power : 0.0f;
 }
 
+// What the loss takes for a logit (row.h). A kernel's template parameter: those of rows without a
+// softcap have no instruction of it.
+struct NoSoftcap {
+  static constexpr bool kCaps = false;
+
+  NoSoftcap() = default;
+  __device__ explicit NoSoftcap(float) {}
+  __device__ __forceinline__ Logit of(float x) const { return {x, 1.0f}; }
+};
+struct Softcap {
+  static constexpr bool kCaps = true;
+  float softcap, scale;
+
+  __device__ explicit Softcap(float softcap) : softcap(softcap), scale(-2.0f * kLog2E / softcap) {}
+  __device__ __forceinline__ Logit of(float x) const {
+    constexpr float kMagic = 12582912.0f + 127.0f;  // leaves round(y) + 127 in the low bits
+    const float y = fmaxf(fabsf(x) * scale, -127.0f), shifted = y + kMagic;
+    const float power = __uint_as_float(__float_as_uint(shifted) << 23);
+    const float p = exp2_minus_1(y - (shifted - kMagic));
+    const float e_minus_1 = fmaf(power, p, power - 1.0f);
+    const float r = reciprocal_approx(2.0f + e_minus_1);
+    const float value = copysignf(-softcap * e_minus_1 * r, x) + (x - x);
+    return {x == -INFINITY ? x : value, 4.0f * fmaf(power, p, power) * r * r};
+  }
+};
+
 template <class T>
 __device__ __forceinline__ uint4 narrow(const float* x);
 

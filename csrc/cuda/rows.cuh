@@ -109,12 +109,15 @@ __device__ __forceinline__ void absorb(Running& s, float max, const float (&x)[n
 }
 
 // Adds n times 16 bytes.
-template <bool kEntropy, class T, int n>
-__device__ __forceinline__ void absorb(Running& s, const uint4 (&bits)[n], float scale) {
+template <bool kEntropy, class T, int n, class Cap = NoSoftcap>
+__device__ __forceinline__ void absorb(Running& s, const uint4 (&bits)[n], float scale,
+                                       const Cap& cap = {}) {
   float x[n * kPack<T>];
 #pragma unroll
   for (int i = 0; i < n; ++i) widen<T>(bits[i], x + i * kPack<T>);
-  absorb<kEntropy>(s, max_of<T>(bits), x, scale);
+#pragma unroll
+  for (int i = 0; i < n * kPack<T>; ++i) x[i] = cap.of(x[i]).value;
+  absorb<kEntropy>(s, cap.of(max_of<T>(bits)).value, x, scale);
 }
 
 __device__ __forceinline__ Sums sums_of(float4 part) { return {part.x, part.y, part.z}; }
@@ -185,7 +188,20 @@ __device__ __forceinline__ float gradient_of(const Slope& s, float x) {
   return e * (kEntropy ? fmaf(s.a, fmaxf(y, -127.0f), s.b) : s.b);
 }
 
+template <bool kEntropy>
+__device__ __forceinline__ float gradient_of(const Slope& s, Logit x) {
+  return gradient_of<kEntropy>(s, x.value) * x.slope;
+}
+
 // Of 16 bytes of logits.
+template <bool kEntropy, class T, class Cap>
+__device__ __forceinline__ uint4 gradient_of(const Slope& s, uint4 bits, const Cap& cap) {
+  float x[kPack<T>];
+  widen<T>(bits, x);
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) x[i] = gradient_of<kEntropy>(s, cap.of(x[i]));
+  return narrow<T>(x);
+}
 template <bool kEntropy, class T, bool kPolynomial = false>
 __device__ __forceinline__ uint4 gradient_of(const Slope& s, uint4 bits) {
   float x[kPack<T>];

@@ -206,6 +206,8 @@ void run(const std::string& kind, bool small) {
   for (float& t : temperatures) t = pick(0, 1) ? 1.0f : 0.7f;
   const bool one_temperature = pick(0, 1);
   auto temperature_of = [&](int64_t row) { return temperatures[one_temperature ? 0 : row]; };
+  // The held kernel takes none.
+  const float softcap = !resident && pick(0, 2) == 0 ? 30.0f : 0.0f;
   // What the rows of every kernel are given.
   auto batch = [&](Batch& a, const View& view) {
     a.rows = rows;
@@ -213,6 +215,7 @@ void run(const std::string& kind, bool small) {
     a.dtype = dtype;
     a.temperature = temperatures[0];
     a.temperatures = one_temperature ? nullptr : temperatures.data();
+    a.softcap = softcap;
     a.logits = view;
     a.target_ids = targets.data();
   };

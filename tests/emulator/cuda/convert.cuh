@@ -1,4 +1,4 @@
-// The conversions and the exponential of csrc/cuda/numbers.cuh, in plain C++.
+// The conversions, the exponential and the reciprocal of csrc/cuda/numbers.cuh, in plain C++.
 #pragma once
 
 #include <cfloat>
@@ -16,6 +16,8 @@ inline float exp2_approx(float y) {
   const float result = exp2f(y);
   return result < FLT_MIN ? 0.0f : result;  // flushes denormals, as ex2.approx.ftz does
 }
+
+inline float reciprocal_approx(float x) { return 1.0f / x; }
 
 inline float widen_half(uint16_t bits) {
   _Float16 half;
