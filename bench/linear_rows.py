@@ -162,11 +162,12 @@ def predicted_bytes(
     batch = of.batch
     weight, size = batch.weight, batch.hidden.itemsize
     wide = logits_dtype == torch.float32 and size < 4
-    head = Head(weight, None, wide, memory_limit or 4 * weight.numel())
+    head = Head(weight, None, wide, memory_limit or max(4 * weight.numel(), 2**28))
     parts = products.chunks(int(of.mask.sum()), batch.rows, head)
     most = max(part.stop - part.start for part in parts)
     logits = most * len(weight) * (4 + size if wide else size)
-    sums = 4 * weight.numel() if len(parts) > 1 and size < 4 else 0
+    few = 2 if weight.device.type == "cpu" else 1  # need no float32 beside them
+    sums = 4 * weight.numel() if len(parts) > few and size < 4 else 0
     return logits + sums + batch.hidden.nbytes + weight.nbytes
 
 

@@ -17,7 +17,7 @@ from dcpo_kernels.ops.chosen import Chosen, positions
 from dcpo_kernels.ops.records import Head, HeadGradients, Wanted
 
 _BLOCK_BYTES = 1 << 20  # of a product that is to stay in the cache until it is added up
-_MOVED_BYTES = 1 << 24
+_MOVED_BYTES = 1 << 21
 
 
 def plainly(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,6 +142,68 @@ def compact(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:count], order
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class WeightGradient:
+    """The sum of the chunks' products, rounded once to the dtype of the weight.
+
+    Two 16-bit products need no float32 beside them: the second adds up in it what the first has
+    left, and rounds that. More of them do, and where a product can't have float32 results (on a
+    CPU) each is rounded before it is added.
+    """
+
+    def __init__(self, head: Head, parts: list[slice], into: Tensor | None) -> None:
+        weight, sums = head.weight, sum_dtype(head.weight.dtype)
+        self.head, self.into = head, into
+        self.fresh = True  # total holds nothing yet
+        self.rounded = False  # the gradient has the total
+        if into is not None and into.dtype == sums:
+            self.total, self.fresh = into, False
+        else:
+            few = len(parts) <= (1 if _sums_in_float32(weight) else 2)
+            self.total = torch.empty_like(weight, dtype=None if few else sums)
+        self.gradient = self.total
+        if self.total.dtype != weight.dtype and self.total is not into:
+            self.gradient = torch.empty_like(weight)
+
+    def add(self, logits: Tensor, hidden: Tensor, last: bool) -> None:  # [V, n], [n, D]
+        """A chunk's product."""
+        total = self.total
+        if total.dtype == hidden.dtype:
+            if self.fresh:
+                torch.mm(logits, hidden, out=total)
+            else:
+                total.addmm_(logits, hidden)
+        elif _sums_in_float32(hidden):
+            if self.fresh:
+                torch.ops.aten.mm.dtype_out(logits, hidden, total.dtype, out=total)
+            else:
+                torch.ops.aten.addmm.dtype_out(total, logits, hidden, total.dtype, out=total)
+        else:
+            # The product of a few rows of the weight is still in the cache when it is added.
+            self.rounded = last and self.gradient is not total
+            for block in _blocks(self.head, hidden.itemsize):
+                product = torch.mm(logits[block], hidden)
+                if self.fresh:
+                    total[block] = product
+                else:
+                    total[block] += product
+                if self.rounded:
+                    self.gradient[block] = total[block]
+        self.fresh = False
+
+    def result(self) -> Tensor:
+        if self.fresh:
+            self.total.zero_()
+        if self.gradient is not self.total and not self.rounded:
+            self.gradient.copy_(self.total)
+        if self.into is not None and self.into is not self.total:
+            self.into.add_(self.gradient)
+        return self.gradient
+
+
 class Backward:
     """The gradients of hidden states, weight and bias, chunk after chunk."""
 
@@ -155,16 +217,13 @@ class Backward:
     ) -> None:
         weight = head.weight
         self.hidden, self.head, self.into = hidden, head, into
-        sums = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.of_hidden = torch.zeros_like(hidden) if wanted.of_hidden else None
-        self.of_bias = weight.new_zeros(len(weight), dtype=sums) if wanted.of_bias else None
+        self.of_bias = None
+        if wanted.of_bias:
+            self.of_bias = weight.new_zeros(len(weight), dtype=sum_dtype(weight.dtype))
         self.of_weight = None
-        self.fresh = True  # of_weight holds nothing yet
-        if into is not None and into.dtype == sums:
-            self.of_weight, self.fresh = into, False
-        elif wanted.of_weight or into is not None:
-            dtype = weight.dtype if len(parts) == 1 else sums
-            self.of_weight = torch.empty_like(weight, dtype=dtype)
+        if wanted.of_weight or into is not None:
+            self.of_weight = WeightGradient(head, parts, into)
 
     @property
     def wanted(self) -> bool:
@@ -191,39 +250,13 @@ class Backward:
         if self.of_bias is not None:
             self.of_bias += logits.sum(0, dtype=self.of_bias.dtype)
         if self.of_weight is not None:
-            self._add_to(self.of_weight, logits.t(), hidden)
-            self.fresh = False
-
-    def _add_to(self, total: Tensor, logits: Tensor, hidden: Tensor) -> None:  # [V, n], [n, D]
-        if total.dtype == hidden.dtype:
-            if self.fresh:
-                torch.mm(logits, hidden, out=total)
-            else:
-                total.addmm_(logits, hidden)
-        elif _sums_in_float32(hidden):
-            if self.fresh:
-                torch.ops.aten.mm.dtype_out(logits, hidden, total.dtype, out=total)
-            else:
-                torch.ops.aten.addmm.dtype_out(total, logits, hidden, total.dtype, out=total)
-        else:
-            # The product of a few rows of the weight is still in the cache when it is added.
-            for block in _blocks(self.head, hidden.itemsize):
-                product = torch.mm(logits[block], hidden)
-                if self.fresh:
-                    total[block] = product
-                else:
-                    total[block] += product
+            self.of_weight.add(logits.t(), hidden, last=part.stop == len(self.hidden))
 
     def gradients(self, chosen: Chosen, like: Tensor) -> HeadGradients:
         """Of all the rows; `like` are their hidden states."""
-        weight, of_weight, of_hidden = self.head.weight, self.of_weight, self.of_hidden
+        weight, of_hidden = self.head.weight, self.of_hidden
         nothing = weight.new_empty(0)
-        if of_weight is not None and self.fresh:
-            of_weight.zero_()
-        if self.into is not None and of_weight is not None:
-            if of_weight is not self.into:
-                self.into.add_(of_weight)
-            of_weight = None
+        of_weight = None if self.of_weight is None else self.of_weight.result()
         if of_hidden is not None:
             whole = of_hidden
             if chosen.rows is not None:
@@ -232,6 +265,6 @@ class Backward:
             of_hidden = whole.view(like.shape)
         return HeadGradients(
             nothing if of_hidden is None else of_hidden,
-            nothing if of_weight is None else of_weight.to(weight.dtype),
+            nothing if of_weight is None or self.into is not None else of_weight,
             nothing if self.of_bias is None else self.of_bias.to(weight.dtype),
         )
