@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dcpo_kernels as dk
 from dcpo_kernels.bench.linear_inputs import RESPONSES, Batch, Problem, problem
+from dcpo_kernels.linear import default_limit
 from dcpo_kernels.ops import head as products
 from dcpo_kernels.ops.records import Head
 
@@ -110,7 +111,7 @@ def _plain(of: Problem) -> list[Way]:
 
 def _ours(own: Problem, chunks: Sequence[int]) -> list[Way]:
     batch = own.batch
-    default = _parts(batch, 4 * batch.weight.numel())  # what memory_limit=None means
+    default = _parts(batch, default_limit(batch.weight))
     limits = {_parts(batch, limit): limit for limit in (limit_of(batch, n) for n in chunks)}
     limits.setdefault(default, None)
     rows = []
@@ -162,7 +163,7 @@ def predicted_bytes(
     batch = of.batch
     weight, size = batch.weight, batch.hidden.itemsize
     wide = logits_dtype == torch.float32 and size < 4
-    head = Head(weight, None, wide, memory_limit or max(4 * weight.numel(), 2**28))
+    head = Head(weight, None, wide, memory_limit or default_limit(weight))
     parts = products.chunks(int(of.mask.sum()), batch.rows, head)
     most = max(part.stop - part.start for part in parts)
     logits = most * len(weight) * (4 + size if wide else size)

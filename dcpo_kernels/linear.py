@@ -203,7 +203,7 @@ def linear_selected_logprobs(
         memory_limit,
         weight_grad,
         vocab_group,
-        {"ids": target_ids.shape[hidden.dim() - 1 :], "with_entropy": with_entropy},
+        {"target_ids": getattr(target_ids, "shape", None), "with_entropy": with_entropy},
         backend,
     )
     checks.check_transforms("linear_selected_logprobs", hidden)
@@ -279,7 +279,7 @@ def _linear(
     if not isinstance(logit_scale, Real) or not 0 < logit_scale < float("inf"):
         raise ValueError(f"logit_scale={logit_scale} must be a number > 0")
     if memory_limit is None:
-        memory_limit = max(4 * weight.numel(), 2**28)
+        memory_limit = default_limit(weight)
     elif not isinstance(memory_limit, int) or memory_limit < 1:
         raise ValueError(f"memory_limit={memory_limit} must be bytes, an integer > 0")
     if weight_grad is not None:
@@ -293,6 +293,11 @@ def _linear(
         into = None if into is None else into[own]
     wide = logits_dtype == torch.float32
     return Linear(hidden, weight, bias, wide, memory_limit, into, shard), backend
+
+
+def default_limit(weight: Tensor) -> int:
+    """What memory_limit=None is: the bytes of the weight's gradient in float32, or 256 MiB."""
+    return max(4 * weight.numel(), 2**28)
 
 
 def _mask_of(mask: Tensor | None, like: Tensor) -> Tensor | None:

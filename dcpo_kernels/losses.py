@@ -304,7 +304,7 @@ def selected_logprobs(
     Raises ValueError or TypeError before any work for arguments that don't fit together, IndexError
     for an id outside the vocabulary (on a GPU: a NaN, or with DCPO_KERNELS_CHECK=1 the error).
     """
-    said = {"ids": target_ids.shape[logits.dim() - 1 :], "with_entropy": with_entropy}
+    said = {"target_ids": getattr(target_ids, "shape", None), "with_entropy": with_entropy}
     logits, shard = vocab_parallel.split(logits, vocab_group, said)
     backend = checks.check_logits("logits", logits, backend)
     checks.check_transforms("selected_logprobs", logits)

@@ -58,20 +58,19 @@ def split(logits: Any, given: Any, said: dict[str, Any]) -> tuple[Tensor, Shard 
     return logits, shard_of(logits.shape[-1], given, logits.device, tokens, said)
 
 
-def _of_dtensor(x: Any, placements: Any, dim: int = -1) -> tuple[Tensor, VocabShard]:
-    """A DTensor's own columns, or for dim=0 the rows of a weight. They lie as torch.chunk cuts
-    them."""
+def _of_dtensor(x: Any, placements: Any) -> tuple[Tensor, VocabShard]:
+    """A DTensor's own columns, which lie as torch.chunk cuts them."""
     from torch.distributed.tensor import Replicate, Shard
 
-    axis = [i for i, p in enumerate(placements) if p == Shard(x.dim() + dim if dim < 0 else dim)]
+    axis = [i for i, p in enumerate(placements) if p == Shard(x.dim() - 1)]
     others = [p for i, p in enumerate(placements) if i not in axis]
     if len(axis) != 1 or any(p != Replicate() for p in others):
         raise TypeError(
-            f"a DTensor must be sharded by its vocabulary once, and by nothing else; got "
-            f"placements {placements}: pass full_tensor(), or to_local() where each rank has whole "
-            "rows"
+            f"logits must be a plain tensor, got a DTensor with placements {placements}: one that "
+            "is sharded by its vocabulary and by nothing else is taken as it is; else pass "
+            "logits.full_tensor(), or logits.to_local() where each rank has whole rows"
         )
-    group, vocab = x.device_mesh.get_group(axis[0]), x.shape[dim]
+    group, vocab = x.device_mesh.get_group(axis[0]), x.shape[-1]
     chunk = -(-vocab // dist.get_world_size(group))
     start = min(chunk * dist.get_rank(group), vocab)
     return x.to_local(), VocabShard(group, start)
@@ -103,11 +102,16 @@ def shard_of(
 _known: dict[Any, tuple[list[int], list[int]]] = {}
 
 
+def _same(value: Any) -> str:
+    """What does not depend on the process: a function's address does."""
+    return value.name if getattr(value, "function", None) is not None else repr(value)
+
+
 def _introduced(
     group: Any, rank: int, width: int, start: int | None, device: torch.device, said: dict[str, Any]
 ) -> tuple[list[int], list[int]]:
     """First ids and widths of all ranks."""
-    codes = [zlib.crc32(repr(value).encode()) for value in said.values()]
+    codes = [zlib.crc32(_same(value).encode()) for value in said.values()]
     mine = torch.tensor([width, -1 if start is None else start, *codes], device=device)
     rows = gathered("arguments of a vocabulary over ranks", mine, group).tolist()
     for place, (name, value) in enumerate(said.items(), 2):

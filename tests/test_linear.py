@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from backends import CPU, GPU, SLOW, device_of, on_backends
 from problems import OBJECTIVES, moved, pairs, problem
+from test_threads_and_memory import peak
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
@@ -266,6 +267,29 @@ def test_rows_without_a_gradient_cost_no_product(name, use_backend):
     leaves = [x for x in case.leaves() if x is not None]
     with torch.no_grad():
         assert products(lambda: dk.linear_policy_loss(*leaves, **arguments)) == 64
+
+
+@on_backends(CPU[0])
+@pytest.mark.parametrize("name", ["dcpo", "gspo"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_peak_memory_is_a_chunk_and_what_was_asked_for(name, dtype, parts, use_backend):
+    tokens, width, vocab = 256, 256, 40_000  # far more than a block of the weight
+    hidden, weight = torch.randn(tokens, width), torch.randn(vocab, width) / 16
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    ids, old = torch.randint(0, vocab, (tokens,)), torch.full((tokens,), -9.0)
+    chunk = tokens // parts * vocab * dtype.itemsize
+    rest = {"lengths": [128, 128], "memory_limit": chunk, "backend": use_backend}
+    rest |= {"objective": OBJECTIVES[name]()}
+    kept = {}
+
+    def run():
+        out = dk.linear_policy_loss(hidden, weight, ids, old, torch.randn(2), **rest)
+        kept["gradients"] = torch.autograd.grad(out.loss, (hidden, weight))
+
+    sums = 4 * weight.numel() if dtype == torch.bfloat16 and parts > 2 else 0
+    rule = chunk + sums + hidden.nbytes + weight.nbytes
+    assert 0.9 * rule <= peak(run) <= 1.1 * rule
 
 
 @on_cpu
