@@ -70,8 +70,8 @@ def test_the_command(tmp_path):
         "TCR",
         "entropy",
         "response tokens per second",
-        "share of the step in the loss, our op",
-        "share of the step in the loss, plain PyTorch",
+        "share of the step in head and loss, our op",
+        "share of the step in head and loss, plain",
         "Steps made: 3 grpo, 3 dcpo",
     ):
         assert label in table
