@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import CPU, use
+from linear_cases import VOCAB, Case, rows
 from parallel_cases import ALL_GATHER, case_of, counted
 from problems import OBJECTIVES, problem
-from test_linear import VOCAB, Case, rows
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
